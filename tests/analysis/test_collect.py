@@ -183,6 +183,20 @@ def test_compiling_is_compared_with_the_same_trial_without_it(collect_command: C
     assert table["train_info.compile_break_even_step"].isna().sum() == 2
 
 
+@pytest.mark.parametrize(("gpu", "gain"), [("H100", 2.0), ("T4", None)])
+def test_compiling_is_not_compared_with_a_trial_on_another_device(gpu: str, gain: float | None) -> None:
+    for backend, device, seconds in (("none", gpu, 0.5), ("inductor", "H100", 0.25)):
+        folder = write(backend, 8, 0.5)
+        result = Result.read(folder)
+        result.config["train"] = {"compile": backend, "compile_dynamic": None}
+        compiled = {"compile_graphs": 2, "compile_seconds": 9.0, "recompile_seconds": 1.0}
+        result.train_info |= {"step_seconds_p50": seconds} | (compiled if backend == "inductor" else {})
+        result.meta_info = {"torch": {"gpus": [device]}}
+        result.write(folder)
+    found = peftsweep.load().set_index("run_info.trial")["train_info.compile_speed_up"]
+    assert (None if pd.isna(found["inductor"]) else found["inductor"]) == gain
+
+
 def test_the_predicted_memory_is_held_against_the_measured(collect_command: Collect) -> None:
     for rank, predicted, allocated in ((8, 90, 100), (16, 120, 100), (32, 40, None)):
         folder = write(f"r{rank}", rank, 0.5)

@@ -517,6 +517,119 @@ def test_a_configuration_without_a_score_is_said_to_be_compared_with_none(tmp_pa
     assert "`lora, r=4`, is worse by +50.0%" in text
 
 
+@pytest.mark.parametrize(
+    ("status", "perplexity", "told"),
+    [
+        ("failed", 2.0, "1 of 3 seeds, 2 failed"),
+        ("oom", 2.0, "1 of 3 seeds, 2 oom"),
+        ("stopped", 2.0, "1 of 3 seeds, 2 stopped"),
+        ("success", math.inf, "1 of 3 seeds, 2 without a finite score"),
+    ],
+)
+def test_a_figure_of_the_seeds_that_survived_is_called_so_where_it_is_advised(
+    status: str, perplexity: float, told: str, tmp_path: Path
+) -> None:
+    points = [{"config.method.r": rank, "config.seed": seed} for rank in (8, 16) for seed in range(3)]
+    made = study(points, alike(*[0.5] * 6), other=[5.0, 5.1, 5.2, perplexity, 2.0, perplexity])
+    made.table = made.table.drop(columns=[c for c in map(str, made.table) if c.startswith("eval_info.task.")])
+    lost = [3, 5]
+    made.table.loc[lost, "run_info.status"] = status
+    if status != "success":
+        made.table.loc[lost, [c for c in map(str, made.table) if c.startswith("eval_info.")]] = None
+    file, answer = text_report.write(tmp_path, made.table, pd.DataFrame())
+    use = next(line for line in file.read_text().splitlines() if "**Use" in line)
+    assert use.startswith("- **Use `lora, r=16`**")
+    assert f"; **the figure is of {told}**" in use
+    assert f"- **Seeds without a score** are in no figure: `lora, r=16` ({told})." in file.read_text()
+    ranking = next(line for line in file.read_text().splitlines() if line.startswith("|    1 | lora, r=16"))
+    assert ("3, 1 with this score" in ranking) == (status == "success")
+    (section,) = answer.sections_named("use")
+    assert section.facts.trials == ["t4"]  # type: ignore[union-attr]  # whose adapter is not one that diverged
+    made.table.loc[lost, "run_info.status"] = "cancelled"  # by a person, which says nothing of the configuration
+    made.table.loc[lost, "eval_info.other.perplexity.value"] = None
+    assert "Seeds without a score" not in made.report(tmp_path)
+
+
+def test_a_trial_that_a_search_ended_before_its_test_rows_is_no_seed_that_was_lost(tmp_path: Path) -> None:
+    points = [{"config.method.r": rank, "config.seed": seed} for rank in (8, 16) for seed in range(3)]
+    made = study([point | {"config.halving.test": True} for point in points], alike(*[0.5] * 3, *[0.9] * 3))
+    made.table.loc[[0, 3], "run_info.status"] = "stopped"
+    assert "the figure is of 2 of 3 seeds, 1 stopped" in made.report(tmp_path)
+    made.table.loc[[0, 3], "config.halving.test"] = False
+    assert "seeds, 1 stopped" not in made.report(tmp_path)
+
+
+def test_a_configuration_with_one_seed_among_others_with_several_is_named(tmp_path: Path) -> None:
+    points = [{"config.method.r": rank, "config.seed": seed} for rank, seed in ((8, 0), (8, 1), (16, 0))]
+    text = study(points, alike(0.5, 0.55, 0.9)).report(tmp_path)
+    assert "- `lora, r=16` has one seed alone: " in text
+    assert "One seed each" not in text
+    assert "seed alone" not in study([*points, points[2] | {"config.seed": 1}], alike(0.5, 0.55, 0.9, 0.95)).report(
+        tmp_path
+    )
+
+
+def test_a_perplexity_is_the_same_figure_wherever_it_is_told(tmp_path: Path) -> None:
+    points = [{"config.method.r": rank, "config.seed": seed} for rank in (8, 16) for seed in range(2)]
+    made = study(points, alike(*[0.5] * 4), other=[5.0, 50.0, 20.0, 20.2])
+    made.table = made.table.drop(columns=[c for c in map(str, made.table) if c.startswith("eval_info.task.")])
+    file, answer = text_report.write(tmp_path, made.table, pd.DataFrame())
+    geometric = math.sqrt(5.0 * 50.0)  # which is the better one, as the arithmetic mean, 27.5, is not
+    assert f"the best figure is that of `lora, r=8`, {geometric:.2f}" in file.read_text()
+    assert f"to {geometric:.2f}" in file.read_text() or f"from {geometric:.2f}" in file.read_text()
+    assert "27.5" not in file.read_text()
+    (table,) = answer.sections_named("table")
+    values = [row["eval_info.other.perplexity.value"] for row in table.tables[0].rows]
+    assert values == sorted(values) == pytest.approx([geometric, math.sqrt(20.0 * 20.2)])
+
+
+# ---- seconds of several devices --------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("key", "devices"),
+    [
+        ("meta_info.torch.gpus", ['["T4"]', '["H100"]']),
+        ("meta_info.system.processor", ["a", "b"]),
+        ("meta_info.torch.threads", ["2", "1"]),
+    ],
+)
+def test_nothing_is_advised_for_its_speed_on_another_device(key: str, devices: list[str], tmp_path: Path) -> None:
+    points = [
+        {
+            "config.method.target_modules": modules,
+            "train_info.train_seconds": seconds,
+            "train_info.adapter_bytes": 1000,
+            "meta_info.system.processor": "a",
+            "run_info.host": f"host {seconds}",
+        }
+        for modules, seconds in (("q", 100.0), ("k", 10.0))
+    ]
+    made = study(points, alike(0.5, 0.5))
+    text = made.report(tmp_path)
+    assert "the fastest" in text  # one device, whatever the host is called
+    assert "fast training at that quality" in text
+    assert "Seconds of several devices" not in text
+    made.table[key] = devices
+    text = made.report(tmp_path)
+    assert "fastest" not in text
+    assert "fast training" not in text
+    assert "- **Seconds of several devices** (" in text
+
+
+def test_the_least_memory_is_that_of_those_whose_memory_is_known(tmp_path: Path) -> None:
+    memory = [None, 2e9, 3e9]  # the first was trained in a pack
+    points = [{"config.method.r": r, "memory.predicted.peak_bytes": m} for r, m in zip((4, 8, 16), memory, strict=True)]
+    text = study(points, alike(0.5, 0.5, 0.5)).report(tmp_path)
+    assert "little memory at that quality (2.0 GB, of the 2 of 3 whose figure is known)" in text
+    made = study(
+        [point | {"memory.predicted.peak_bytes": 1e10} for point in points[1:]] + points[:1], alike(*[0.5] * 3)
+    )
+    assert "12 GB of memory (10.0 GB predicted training memory, of the 2 of 3 whose memory is known)" in made.report(
+        tmp_path
+    )
+
+
 def test_the_figure_of_the_best_of_many_is_said_to_be_partly_luck(tmp_path: Path) -> None:
     caution = "figures is partly luck: on other test rows expect a worse one."
     assert f"- The best of 3 {caution}" in study(ranks(4, 8, 16), alike(0.5, 0.6, 0.5)).report(tmp_path)

@@ -161,6 +161,30 @@ def test_the_base_s_score_is_written_in_digits_where_it_is_far_from_what_is_comp
     assert "untouched base: 2,288" in texts(figure("rank_task", table))
 
 
+def test_each_untouched_base_is_drawn_and_not_a_mean_of_several() -> None:
+    table = tables.trials({"choices.quant": ["none", "4bit"], "config.method.r": [8, 16]})
+    scores = table["choices.quant"].map({"none": 0.4, "4bit": 0.6})
+    drawn = figure("rank_task", table.assign(**{"eval_info.task.base_accuracy.value": scores}))
+    heights = [line.get_ydata()[0] for line in drawn.axes[0].lines if line.get_linestyle() == ":"]
+    assert sorted(heights) == [0.4, 0.6]
+    assert "untouched bases" in texts(drawn)
+    far = figure("rank_task", table.assign(**{"eval_info.task.base_accuracy.value": 1000 * scores}))
+    assert "untouched bases: 400.0 to 600.0" in texts(far)
+    one = figure("rank_task", table)
+    assert "untouched bases" not in texts(one)
+
+
+def test_the_latency_of_each_untouched_base_is_drawn() -> None:
+    table = tables.trials({"choices.quant": ["none", "4bit"]}, generated=True)
+    column = "generation_info.short.base.seconds_p50"
+    drawn = figure("latency", table.assign(**{column: [0.2, 0.8]}))
+    assert "untouched base, 4bit" in texts(drawn)
+    heights = [float(height) for line in drawn.axes[0].lines for height in line.get_ydata()]
+    assert any(other == pytest.approx(4 * height) for height in heights for other in heights)
+    alike = tables.trials({"config.method.r": [8, 16]}, generated=True)
+    assert "untouched base, " not in texts(figure("latency", alike))
+
+
 def test_a_frontier_over_many_decades_has_a_few_ticks() -> None:
     table = tables.trials({"config.method.r": list(range(1, 9))})
     table["train_info.adapter_bytes"] = [10.0**n for n in range(2, 10)]

@@ -135,6 +135,21 @@ def test_a_sweep_with_halving_is_shorter_by_what_is_not_trained(
     assert part * trained < shorter < part * trained + (whole - all_trained)
 
 
+@pytest.mark.parametrize(("workers", "points"), [(1, 1), (4, 1), (4, 2), (2, 4)])
+def test_the_costs_of_trials_are_together_the_cost_of_the_sweep(
+    workers: int, points: int, compose: Compose, device: speed.Device, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(timing, "device_of", lambda *_: device)
+    monkeypatch.setattr(timing, "IMPORTED", 0.0)
+    trials = [compose(*SMALL, "price.hour=3.6", f"seed={seed}") for seed in range(points)]
+    times = timing.Timing(trials, workers)
+    spans = dict.fromkeys(history.KINDS, duration.NOTHING) | {"train": Span(6.0, 5.0, 8.0)}
+    monkeypatch.setattr(times, "estimate", lambda _: Estimate(spans))
+    end, _ = times.sweep([[one] for one in trials])
+    assert end is not None
+    assert sum(times.row(one)["predicted_cost"] for one in trials) == pytest.approx(times.cost(end.seconds))
+
+
 def test_workers_take_jobs_as_they_become_free() -> None:
     jobs = [Span(seconds, seconds / 2, seconds * 2) for seconds in (5.0, 1.0, 1.0, 1.0, 4.0)]
     assert timing.finish(jobs, 1) == Span(12.0, 6.0, 24.0)

@@ -298,6 +298,12 @@ def test_what_a_storage_holds_of_another_search_is_one_line() -> None:
         Search(named, found)
 
 
+@pytest.mark.parametrize("direction", ["minimize", "maximize"])
+def test_a_score_of_which_the_better_side_is_not_known_is_searched_in_any_direction(direction: str) -> None:
+    for objective in ("eval_info.task.my_metric.value", "train_info.tokens_per_second"):
+        assert options(objective=objective, direction=direction).directions == (direction,)
+
+
 def test_a_journal_that_was_cut_off_in_its_last_line_goes_on() -> None:
     found, _ = dimensions(*PLANE)
     kept = options(n_trials=2, storage="own.journal")
@@ -316,6 +322,11 @@ def test_a_journal_that_was_cut_off_in_its_last_line_goes_on() -> None:
         ({"n_jobs": True}, "hydra.sweeper.n_jobs=True: must be a whole number"),
         ({"direction": "down"}, "hydra.sweeper.direction=down: must be one of minimize, maximize"),
         ({"direction": ["minimize", "maximize"]}, "hydra.sweeper.direction: has 2 for 1 objectives"),
+        ({"objective": LOSS, "direction": "maximize"}, f"would search for the worst {LOSS}, of which lower is better"),
+        (
+            {"objective": [MEMORY, "eval_info.gsm8k.accuracy.value"], "direction": ["minimize"] * 2},
+            "of which higher is better; give hydra.sweeper.direction=maximize",
+        ),
         ({"n_trails": 3}, "hydra.sweeper.n_trails: no such key; did you mean 'n_trials'?"),
         ({"objective": None}, "objective: must be given"),
         (

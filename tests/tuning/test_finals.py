@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections import Counter
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -13,8 +14,14 @@ from numpy.typing import NDArray
 from scipy.special import ndtr, ndtri
 
 from peftsweep.analysis.statistics.trials import ALPHA
-from peftsweep.tuning import finals
+from peftsweep.study.record import Result
+from peftsweep.tuning import decision, finals
+from peftsweep.tuning.answer import Final
+from peftsweep.tuning.budget import BudgetAccount
 from peftsweep.tuning.finals import BETTER, OPEN, TIE, WORSE, Judged, Look
+from peftsweep.tuning.search import Point
+from peftsweep.tuning.space import Plan
+from peftsweep.tuning.trials import Trials
 
 COLUMN = "eval_info.task.accuracy.value"
 SEEDS = 8
@@ -147,3 +154,34 @@ def test_leagues_call_a_placebo_better_in_at_most_5_percent_and_find_2_points_in
         rank = {one.contestant: one.rank for one in found.standings}
         told_apart += rank["lora"] > rank["dora"]
     assert (placebos <= 0.05 * 200, told_apart >= 0.8 * 200) == (True, True), (seeds, placebos, told_apart)
+
+
+# ---- scores that are no numbers, and perplexities --------------------------------------------------
+
+
+def test_a_final_score_that_is_not_finite_is_no_score_and_is_named(tmp_path: Path) -> None:
+    account = BudgetAccount(None, (1, 1, 1), lambda: 0.0)
+    trials = Trials(lambda _: [], [], Plan("accuracy", None, "1", 1), {}, account)
+    for seed, value in enumerate((None, math.inf, 2.0)):
+        point = Point("lora", 1e-4, 8, None, seed)
+        facts = {"perplexity": {"perplexity": {"value": value, "stderr": None, "n": 10}}}
+        about = {"status": "success", "trial": f"t{seed}"}
+        trials.results[point] = Result(about, {}, {}, eval_info=facts, folder=tmp_path / f"t{seed}")
+        found = trials.judged(point, "perplexity", "perplexity")
+        assert (None if found is None else found.value) == (2.0 if value == 2.0 else None)
+        assert (point in trials.refused) == (value != 2.0)
+
+
+def test_finalists_are_ordered_by_the_mean_that_their_comparison_takes() -> None:
+    column = "eval_info.perplexity.perplexity.value"
+    values = {"lora": (5.0, 50.0), "dora": (20.0, 20.2)}
+    scores = {
+        name: {seed: Judged(f"{name}{seed}", value, 0.1, 10, []) for seed, value in enumerate(of)}
+        for name, of in values.items()
+    }
+    one = finals.look(column, scores, "lora", "dora", 1, 0.01)
+    assert one.estimate > 0  # lora is the better one
+    order = Final(column, scores, [], spent=False).order(-1)
+    assert order == ["lora", "dora"]
+    made = decision.tuned_decision(column, scores, order, {name: name for name in values}, [])
+    assert [found.value for found in made.finalists] == pytest.approx([math.sqrt(250.0), math.sqrt(404.0)])

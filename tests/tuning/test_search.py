@@ -78,6 +78,8 @@ def test_a_run_that_diverged_is_survived(tmp_path: Path) -> None:
         ("lr,r,loss\n1e-4,1.5,1\n", "row 1: the rate must be above 0, the rank a whole number from 1"),
         ("lr,r,loss\n", "holds no rows"),
         ("lr,r,loss\n1e-4,1,nan\n", "every run in it has diverged"),
+        ("lr,r,loss,run\n1e-4,1,2,a\n1e-3,1,1,b\n", "run tells every run from the others, so that no sweep has two"),
+        ("lr,r,loss\n1e-4,1,2\n1e-4,1,1\n", "has one rate and one rank, among which nothing can be searched"),
     ],
 )
 def test_a_table_that_cannot_be_replayed_is_one_line(text: str, problem: str, tmp_path: Path) -> None:

@@ -42,7 +42,7 @@ class Timing:
         self.history = records_of(self.device.key, config.forecast.records, config.study)
         self.price = hourly(config.price, speed.name_of(where))
         self.currency = config.price.currency
-        self.workers = count
+        self.workers, self._at_once = count, min(count, len(trials))
         self.devices = 1 if on_cpu else max(1, min(count, torch.cuda.device_count()))
         self._based = set[str]()  # untouched bases that an earlier trial of the sweep scores
         self._estimates: dict[str, Estimate] = {}
@@ -97,8 +97,8 @@ class Timing:
 
     @property
     def _sharing(self) -> float:
-        """The number of trials that run at the same time on one device."""
-        return self.workers / self.devices
+        """The number of trials that run at the same time on one device; idle workers share nothing."""
+        return max(1.0, self._at_once / self.devices)
 
     def cost(self, device_seconds: float) -> float:
         """The cost of ``device_seconds``, in the currency of ``price``."""

@@ -21,6 +21,7 @@ from peftsweep.search import pruning
 from peftsweep.search.space import Dimension
 from peftsweep.study import store
 from peftsweep.study.record import Result, Status
+from peftsweep.study.scores import is_maximized, is_minimized
 
 if TYPE_CHECKING:
     from optuna import Study
@@ -102,6 +103,8 @@ def options(given: Mapping[str, Any], objective: Any, study: str, searched: Any,
         raise InputError(
             f"hydra.sweeper.direction: has {len(directions)} for {len(objectives)} objectives; give one for each"
         )
+    for column, one in zip(objectives, directions, strict=True):
+        _check_direction(column, one)
     pruner = dict(given.get("pruner") or {"_target_": pruning.NONE})
     if len(directions) > 1 and pruner.get("_target_") != pruning.NONE:
         raise InputError("hydra.sweeper.pruner: Optuna prunes by one objective, not by several")
@@ -116,6 +119,24 @@ def options(given: Mapping[str, Any], objective: Any, study: str, searched: Any,
         pruner=pruner,
         objectives=objectives,
     )
+
+
+def _check_direction(objective: str, direction: str) -> None:
+    """Refuse to search for the worst value of a score; a score of which the better side is not known may have any.
+
+    Raises:
+        InputError: the direction is the wrong one.
+    """
+    if not objective.startswith("eval_info.") or not objective.endswith(".value"):
+        return
+    metric = objective.removesuffix(".value")
+    better = "minimize" if is_minimized(metric) else "maximize" if is_maximized(metric) else direction
+    if direction != better:
+        side = "lower" if better == "minimize" else "higher"
+        raise InputError(
+            f"hydra.sweeper.direction={direction}: would search for the worst {objective}, of which {side} is better; "
+            f"give hydra.sweeper.direction={better}"
+        )
 
 
 class Search:

@@ -16,6 +16,8 @@ NOT_SHARES = ("valid_fraction", "loss", "perplexity")  # figures without a basel
 # Metrics of generated texts, and the key in a line of predictions that holds the part of the row.
 TEXT_PARTS = {name: name for name in ("rouge1", "rouge2", "rougeL", "rougeLsum")}
 TEXT_PARTS |= {name: f"{name}_part" for name in ("bleu", "chrf")}
+# Metrics for which higher is better, whoever judges by them.
+HIGHER = ("accuracy", "acc", "acc_norm", "label_acc", "f1", "exact_match", *TEXT_PARTS, "valid_fraction")
 OF_100 = ("bleu", "chrf")  # metrics from 0 to 100, which are never shares of rows
 # Metrics that describe generated texts; neither high nor low is better.
 TEXT_METRICS = (
@@ -27,6 +29,11 @@ TEXT_METRICS = (
 def is_minimized(metric: str) -> bool:
     """Whether lower is better, by the name of the metric, with or without the evaluation before it."""
     return LOWER.search(metric.rpartition(".")[2]) is not None
+
+
+def is_maximized(metric: str) -> bool:
+    """Whether higher is better for certain: of an own metric with another name that is not known."""
+    return metric.rpartition(".")[2] in HIGHER
 
 
 def baseline(facts: Mapping[str, Any], metric: str, which: str) -> float | None:

@@ -129,11 +129,7 @@ class Final:
 
     def order(self, sign: int) -> list[str]:
         """The finalists, the best mean first."""
-        means = {
-            name: sum(score.value for score in by_seed.values()) / len(by_seed)
-            for name, by_seed in self.scores.items()
-            if by_seed
-        }
+        means = {name: statistics.mean(self.column, by_seed) for name, by_seed in self.scores.items() if by_seed}
         return sorted(means, key=lambda name: -sign * means[name])
 
 

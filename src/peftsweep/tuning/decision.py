@@ -28,7 +28,7 @@ def tuned_decision(
     """The decision between finalists with ``scores``; ``order`` holds their names, the best first."""
     best = order[0]
     gain = statistics.gain(column, scores, best)
-    finalists = [_finalist(name, configurations[name], scores) for name in order]
+    finalists = [_finalist(column, name, configurations[name], scores) for name in order]
     between = [
         Between(one, other, look.estimate, look.low, look.high, look.number, look.verdict)  # type: ignore[arg-type]
         for one, other, look in looks
@@ -42,7 +42,9 @@ def league_decision(
     column: str, scores: Finals, found: League, configurations: Mapping[str, str], method: str, difference: float
 ) -> Decision:
     """The decision of a ranked league, whose placebo is a second entry of ``method``."""
-    finalists = [_finalist(one.contestant, configurations[one.contestant], scores, one.rank) for one in found.standings]
+    finalists = [
+        _finalist(column, one.contestant, configurations[one.contestant], scores, one.rank) for one in found.standings
+    ]
     placebo = Placebo(method, found.wins, found.pairs, found.placebo, difference, found.seeds)
     best = finalists[0]
     return Decision(None, "ranked", best.configuration, best.trials, column, finalists, placebo=placebo)
@@ -87,9 +89,9 @@ def _base(gain: Gain) -> Base:
     return Base(gain.value, number(gain.gain), number(gain.low), number(gain.high), number(gain.p), scale)
 
 
-def _finalist(name: str, configuration: str, scores: Finals, rank: int | None = None) -> Finalist:
-    own = scores[name].values()
-    return Finalist(name, configuration, sum(one.value for one in own) / len(own), [one.trial for one in own], rank)
+def _finalist(column: str, name: str, configuration: str, scores: Finals, rank: int | None = None) -> Finalist:
+    own = scores[name]
+    return Finalist(name, configuration, statistics.mean(column, own), [one.trial for one in own.values()], rank)
 
 
 def comparison_sentence(one: Between, tie: float, column: str, *, undecidable: bool, spent: bool) -> str:

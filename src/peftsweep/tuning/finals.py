@@ -19,7 +19,7 @@ from scipy import special  # scipy.stats takes longer to load than a small study
 
 from peftsweep.analysis.statistics.comparisons import Tested, compare, tested
 from peftsweep.analysis.statistics.measured import Measured, measure
-from peftsweep.analysis.statistics.trials import ALPHA, CREATED, SEED, SUCCESS, TRIAL
+from peftsweep.analysis.statistics.trials import ALPHA, CREATED, SEED, SUCCESS, TRIAL, is_ratio
 from peftsweep.analysis.table.columns import direction, evaluation
 from peftsweep.study.record import Status
 
@@ -65,6 +65,14 @@ def table(column: str, finals: Finals) -> pd.DataFrame:
         for seed, one in judged.items()
     ]
     return pd.DataFrame(rows)
+
+
+def mean(column: str, judged: Mapping[int, Judged]) -> float:
+    """The mean of a finalist over its seeds, as the comparisons take it: of perplexities the geometric mean."""
+    values = [one.value for one in judged.values()]
+    if is_ratio(column, values):
+        return math.exp(sum(map(math.log, values)) / len(values))
+    return sum(values) / len(values)
 
 
 def _lines(finals: Finals) -> dict[str, Sequence[dict[str, Any]]]:

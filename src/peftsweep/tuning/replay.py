@@ -98,6 +98,14 @@ def read(file: Path) -> list[Grid]:
             )
         runs = grids.setdefault(", ".join(str(row[label]) for label in labels) or file.stem, {})
         runs.setdefault((rate, int(rank)), []).append(loss)
+    if len(rows) > 1 and all(len(cells) == 1 for cells in grids.values()):
+        telling = max(labels, key=lambda label: len({str(row[label]) for row in rows}), default=None)
+        if telling is not None:
+            raise InputError(
+                f"tune.replay={file}: {telling} tells every run from the others, so that no sweep has two rates or "
+                f"ranks; leave that column out"
+            )
+        raise InputError(f"tune.replay={file}: has one rate and one rank, among which nothing can be searched")
     means = [Grid(name, {cell: fmean(runs) for cell, runs in cells.items()}) for name, cells in grids.items()]
     if not (usable := [grid for grid in means if grid.finite]):
         raise InputError(f"tune.replay={file}: every run in it has diverged")

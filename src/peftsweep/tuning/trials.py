@@ -121,6 +121,9 @@ class Trials:
         score = (result.eval_info.get(evaluation) or {}).get(metric) if result else None
         if result is None or result.status is not Status.success or not score or result.folder is None:
             return None
+        if score["value"] is None or not math.isfinite(score["value"]):
+            self.refused[point] = f"its {metric} on the test rows is missing or not finite"
+            return None
         facts, read = result.eval_info[evaluation], predictions(result.folder.parent)
         base_score, answers = facts.get(f"base_{metric}") or {}, str(facts.get("base_predictions") or "")
         base = None

@@ -10,6 +10,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pandas as pd
 
 import peftsweep
@@ -130,6 +131,8 @@ def _use(folder: Path, task: Task, advice: findings.Advice, quality_loss: float)
         return Use(advice.verdict, None, {}, None, render.plain(advice.why), *nothing)  # type: ignore[arg-type]
     rows = task.table[task.table["configuration"] == advice.chosen]
     trained = rows[rows[trials.SUCCESS] == "success"]
+    if task.scores and (scored := np.isfinite(trained[task.scores[0]].astype("float64"))).any():
+        trained = trained[scored]  # a seed that diverged is not the configuration that is advised
     good = (trained if len(trained) else rows).sort_values([c for c in (trials.SEED, trials.CREATED) if c in rows])
     names = [str(name) for name in good[trials.TRIAL]]
     place = folder / names[0]
@@ -287,6 +290,12 @@ def _cost_sentences(task: Task, costs: Costs) -> Iterator[str]:
     ends = [(one.name, *(words.cost(one.column, v) for v in (one.lowest, one.highest))) for one in costs.costs]
     if ranges := [f"{name} {low} to {high}" for name, low, high in ends if low != high]:
         yield f"All {words.plural('configuration', len(task.configurations))}: {', '.join(ranges)}."
+    timed = [one for one in costs.costs if one.unit == "seconds" and one.lowest != one.highest]
+    if timed and not task.one_place(task.configurations.index[task.configurations["n"] > 0]):
+        yield (
+            f"**Seconds of several devices** ({'; '.join(sorted(set(task.places) - {''}))}): a difference may be the "
+            "devices', and only configurations that ran on one of them are compared by their speed."
+        )
     if columns.measured(task.table, columns.PREDICTION_ERROR):
         median = float(task.table[columns.PREDICTION_ERROR].dropna().astype(float).median())
         if math.isfinite(median):

@@ -61,6 +61,8 @@ def advice(task: Task, general: Advice, searches: Sequence[Search]) -> Advice:
         best = "the best that sweep=tune found"
         return Advice("none", None, f"{best} {shown}", f"**Use none of these**: {best}, {name}, {shown}.", TUNE)
     why = f"sweep=tune chose it, over {seeds}{_rivals(decision)}{_gain_clause(decision.base)}"
+    if _is_scored(task, number):
+        why += findings.partly_lost(task, task.scores[0], number)
     if task.scores and findings.no_gain(task, task.scores[0]):
         why += "; with all other trials of this study counted in, a gain over the base is not shown"
     shown = f"{findings.in_short(task, task.scores[0], number)}; " if _is_scored(task, number) else ""

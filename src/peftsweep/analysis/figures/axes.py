@@ -20,6 +20,7 @@ MARKERS = ("o", "s", "D", "^", "v", "P", "X", "*")
 LINES = ("-", "--", "-.", ":", (0, (5, 1)), (0, (3, 1, 1, 1)), (0, (1, 1)), (0, (8, 3)))
 INK, FADED, RULE = "#333333", "#9A9A9A", "#E3E3E3"
 SERIES = len(COLOURS)  # that are told apart; the others are drawn in grey
+BASES = 4  # untouched bases that have a line each; of more the lowest and the highest score are told
 QUANTS = (
     *("none", "8bit", "int8_torchao", "int8_quanto", "fp8", "fp8_torchao"),
     *("4bit", "int4_torchao", "int4_quanto", "hqq", "8bit_offload"),
@@ -121,13 +122,13 @@ def draw_facets(
     merged: pd.DataFrame,
     *,
     joined: bool,
-    base: float | None = None,
+    bases: Sequence[float] = (),
     note: str = "",
 ) -> Any:
     """A panel for each value of ``long.panel``, with the points of each series over x, ``joined`` by a line or not.
 
     Numeric x stand on a logarithmic axis, categories at even distances. Rows without a value show their ``mark``;
-    ``base`` is the untouched base's score, for the first panel.
+    ``bases`` are the scores of the untouched bases, for the first panel: each quantisation has one of its own.
     """
     from matplotlib.ticker import FuncFormatter
 
@@ -151,8 +152,8 @@ def draw_facets(
             _rank_axis(ax, sorted(long["x"].unique()))
         else:
             _category_axis(ax, [str(name) for name in long["x"].cat.categories])
-    if base is not None:
-        _draw_base(axes[0], base)
+    if bases:
+        _draw_bases(axes[0], bases)
     add_legend(figure, styles)
     others = long["series"].nunique() - len(styles)
     return with_caption(
@@ -178,16 +179,19 @@ def _category_axis(ax: Any, names: Sequence[str]) -> None:
             text.set(ha="right", rotation_mode="anchor")
 
 
-def _draw_base(ax: Any, base: float) -> None:
-    """A line at the untouched base's score, or its number in words where it would flatten all that is compared."""
-    low, high = ax.get_ylim()
-    on_axis = base > 0 or ax.get_yscale() != "log"
-    if on_axis and low - (high - low) <= base <= high + (high - low) / 2:
-        ax.axhline(base, color=INK, linestyle=":", linewidth=1)
-        ax.annotate("untouched base", (1, base), (-2, 2), xycoords=("axes fraction", "data"),
+def _draw_bases(ax: Any, bases: Sequence[float]) -> None:
+    """A line at each untouched base's score, or the numbers in words where a line would flatten what is compared."""
+    (low, high), lowest, highest = ax.get_ylim(), min(bases), max(bases)
+    name = "untouched base" if lowest == highest else "untouched bases"
+    on_axis = lowest > 0 or ax.get_yscale() != "log"
+    if len(bases) <= BASES and on_axis and low - (high - low) <= lowest and highest <= high + (high - low) / 2:
+        for base in bases:
+            ax.axhline(base, color=INK, linestyle=":", linewidth=1)
+        ax.annotate(name, (1, highest), (-2, 2), xycoords=("axes fraction", "data"),
                     textcoords="offset points", ha="right", va="bottom", fontsize=6.5, bbox=LABEL_BOX)  # fmt: skip
     else:
-        ax.set_title(f"untouched base: {words.number(base)}", fontsize=7, loc="right")
+        ends = " to ".join(dict.fromkeys(map(words.number, (lowest, highest))))
+        ax.set_title(f"{name}: {ends}", fontsize=7, loc="right")
 
 
 def _series_of(ax: Any, rows: pd.DataFrame, places: Any, styles: Any, *, dodge: float) -> None:

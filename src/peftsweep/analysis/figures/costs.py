@@ -44,8 +44,8 @@ def latency(merged: pd.DataFrame) -> Any:
         overhead = prefix.format(kind, variant) + "overhead."
         if column not in rows:
             continue
-        of = rows if variant != "base" else rows[:1].assign(**{column: rows[column].mean()})
-        series = of["label"] + f", {variant}" if variant != "base" else "untouched base"
+        of = rows if variant != "base" else _bases(rows, column)
+        series = of["label"] + f", {variant}" if variant != "base" else of["label"]
         plain = {"x": kind, "series": series, "mark": ""}
         parts.append(pd.DataFrame({"value": of[column] / factor, "panel": time_name, **plain}))
         if overhead + "value" in of:
@@ -56,6 +56,16 @@ def latency(merged: pd.DataFrame) -> Any:
     long["x"] = pd.Categorical(long["x"], kinds, ordered=True)
     note = f"{chosen}; bars: 95% interval over paired runs".removeprefix("; ")
     return draw_facets(long, series_styles(list(long["series"])), "category of prompts", rows, joined=True, note=note)
+
+
+def _bases(rows: pd.DataFrame, column: str) -> pd.DataFrame:
+    """A row for the untouched base of each quantisation, with the mean of what was measured of it."""
+    if columns.QUANT not in rows or rows[columns.QUANT].nunique() < 2:
+        return rows[:1].assign(label="untouched base", **{column: rows[column].mean()})
+    means = rows.groupby(columns.QUANT)[column].transform("mean")
+    found = rows.assign(**{column: means}).drop_duplicates(columns.QUANT)
+    names = [f"untouched base, {columns.setting_in_words(columns.QUANT, quant)}" for quant in found[columns.QUANT]]
+    return found.assign(label=names)
 
 
 def memory_stages(merged: pd.DataFrame) -> Any:

@@ -224,13 +224,13 @@ def _scores_over_factor(merged: pd.DataFrame, factor: str, shown: Sequence[str |
         by_size = rows.groupby(x)[columns.TRAINABLE.column].mean().sort_values().index  # of modules, the fewest first
         order = sorted(by_size, key=lambda name: first.index(name) if name in first else len(first))
         long["x"] = pd.Categorical(long["x"], order, ordered=True)
-    base = None
+    bases: list[float] = []
     if isinstance(shown[0], str) and columns.measured(merged, columns.base_of(shown[0])):
-        base = float(merged[columns.base_of(shown[0])].mean())
+        bases = [float(score) for score in merged[columns.base_of(shown[0])].dropna().unique()]
     styles = series_styles(list(series), best)
     moving = ", ".join(merged.attrs["moving"].get(factor, []))
     note = SPREADS + (f"; together with the {columns.factor_name(factor)} changed {moving}" if moving else "")
-    return draw_facets(long, styles, columns.factor_name(factor), merged, base=base, joined=numeric, note=note)
+    return draw_facets(long, styles, columns.factor_name(factor), merged, bases=bases, joined=numeric, note=note)
 
 
 def frontier(merged: pd.DataFrame, score: str) -> Any:

@@ -58,8 +58,8 @@ def configurations(table: pd.DataFrame, predictions: Predictions | None = None) 
 
     ``n`` is the number of successful seeds; ``success``, ``failed``, ``oom``, ``refused``, ``stopped`` and
     ``cancelled`` count trials; ``trials`` and ``seeds`` are lists of the successful ones. A measured column holds the
-    mean over the seeds, with ``<column>.std``, and a 95% interval from ``<column>.low`` to ``<column>.high``. What
-    the interval is of says ``<column>.interval``:
+    mean over the seeds (of perplexities the geometric mean, as they are compared by ratios), with ``<column>.std``, and
+    a 95% interval from ``<column>.low`` to ``<column>.high``. What the interval is of says ``<column>.interval``:
 
     - ``seeds``: Student's t over seeds; what other seeds would give on these test rows, or for a cost on this machine.
       That of a score takes the spread between seeds as `Measured` does, so that two close seeds are not certainty;
@@ -108,6 +108,9 @@ def _summary(good: pd.DataFrame, order: list[int]) -> pd.DataFrame:
     mean, std, n = (getattr(groups, how)().reindex(order) for how in ("mean", "std", "count"))
     half = std / np.sqrt(n) * special.stdtrit(np.maximum(n - 1, 1), 1 - ALPHA / 2)
     low, high = mean - half, mean + half
+    for column in (c for c in names if c.endswith(".value") and is_ratio(c, values[c])):
+        logs = np.log(values[column]).groupby(good["configuration"]).mean().reindex(order)
+        mean[column] = mean[column].where(~(std[column] > 0), np.exp(logs))  # as they are compared
     kind = (n > 1).astype(object).replace({True: "seeds", False: None})
     known = set(names)
     for column in (c for c in names if c.endswith(".value") and c.removesuffix("value") + "n" in known):

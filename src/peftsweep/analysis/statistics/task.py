@@ -13,13 +13,29 @@ from peftsweep.analysis.statistics import comparisons, effects, stats, trials
 from peftsweep.analysis.statistics.effects import Moved
 from peftsweep.analysis.table import columns
 from peftsweep.analysis.table.naming import Names
+from peftsweep.study.record import Status
 
+ENDED_BADLY = (Status.failed.name, Status.oom.name, Status.stopped.name)  # which may say something of a configuration
+TEST = "config.halving.test"  # whether a trial goes on to its test rows
+NO_NUMBER = "without a finite score"
 SHOWN_MEMORY = tuple(memory.column for memory in columns.MEMORY)  # the first that is known
 
 
 def memory_of(table: pd.DataFrame) -> str | None:
     """The column of memory that is shown of these trials, None where none is known."""
     return next((c for c in SHOWN_MEMORY if c in table and table[c].notna().any()), None)
+
+
+@dataclass(frozen=True)
+class Lost:
+    """How many seeds of a configuration have a score, and how the others ended: a status -> how many."""
+
+    seeds: int
+    ended: dict[str, int]
+
+    def __str__(self) -> str:
+        ended = ", ".join(f"{count} {how}" for how, count in self.ended.items())
+        return f"{self.seeds} of {self.seeds + sum(self.ended.values())} seeds, {ended}"
 
 
 @dataclass
@@ -122,6 +138,53 @@ class Task:
     @cached_property
     def _columns(self) -> dict[str, pd.Series[Any]]:
         return {c: self.configurations[c] for c in self.configurations.columns}
+
+    def lost(self, score: str) -> dict[Any, Lost]:
+        """Of the configurations with a ``score``, those of which seeds have none as they did not come to a number.
+
+        Their figures are of the other seeds alone, which may have been the lucky ones.
+        """
+        known = self.tested(score)
+        if known is None:
+            return {}
+        found = {}
+        succeeded = self.configurations["n"].to_dict()
+        for number, seeds in zip(known.measured.numbers.tolist(), known.measured.seeds.tolist(), strict=True):
+            counts = dict(self._ended_badly.get(number, {}))
+            if without := int(succeeded[number]) - seeds:
+                counts[NO_NUMBER] = without
+            if counts:
+                found[number] = Lost(seeds, counts)
+        return found
+
+    @cached_property
+    def _ended_badly(self) -> dict[Any, dict[str, int]]:
+        """Of each configuration the seeds that failed or were stopped early, by status.
+
+        A search stops trials at their end too, before the test rows (``halving.test=false``), which is no bad sign.
+        """
+        ended = trials.one_a_seed(self.table, self.table["configuration"])
+        statuses = ended[trials.SUCCESS]
+        bad = statuses.isin(ENDED_BADLY)
+        if TEST in ended:
+            bad &= ~(statuses.eq(Status.stopped.name) & ended[TEST].eq(False).fillna(False).astype(bool))
+        found: dict[Any, dict[str, int]] = {}
+        for number, status in zip(ended.loc[bad, "configuration"], statuses[bad], strict=True):
+            of_one = found.setdefault(number, {})
+            of_one[status] = of_one.get(status, 0) + 1
+        return found
+
+    @cached_property
+    def places(self) -> pd.Series[str]:
+        """The devices that the successful trials of each configuration ran on, joined by +; empty: none is known."""
+        good = self.table[self.table[trials.SUCCESS] == Status.success.name]
+        ran = columns.devices(good).groupby(good["configuration"]).agg(lambda own: "+".join(sorted(set(own))))
+        return ran.reindex(self.configurations.index).fillna("")
+
+    def one_place(self, numbers: pd.Index[Any]) -> bool:
+        """Whether these configurations ran on one kind of device, so that their seconds can be compared."""
+        found = self.places[numbers]
+        return found.nunique() <= 1 and not found.str.contains("+", regex=False).any()
 
     @cached_property
     def memory(self) -> str | None:

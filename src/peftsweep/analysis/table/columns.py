@@ -72,6 +72,8 @@ NAMES = {
     PREDICTED: "predicted memory",
     HOST_MEMORY.column: "resident memory",
 }
+# The device that a trial ran on, and of a CPU the threads.
+GPUS, PROCESSOR, THREADS = "meta_info.torch.gpus", "meta_info.system.processor", "meta_info.torch.threads"
 LATENCY = Cost("generation_info.overall.adapted.seconds_p50", "generation of a text, median", "seconds")
 
 
@@ -155,6 +157,20 @@ def score_name(score: str) -> str:
 def axis_name(score: str) -> str:
     """The name of a score for an axis, which says when less is better."""
     return score_name(score) + (" (lower is better)" if lower_is_better(score) else "")
+
+
+def devices(table: pd.DataFrame) -> pd.Series[str]:
+    """The device that each trial ran on, as far as it is recorded: the GPUs, or else the CPU and its threads.
+
+    Seconds can be compared on one device alone; hosts with the same device count as one.
+    """
+    gpus, processor, threads = (
+        table[c].astype("string").fillna("") if c in table else pd.Series("", table.index, dtype="string")
+        for c in (GPUS, PROCESSOR, THREADS)
+    )
+    on_cpu = processor.where(threads.eq("") | processor.eq(""), processor + ", " + threads + " threads")
+    found: pd.Series[str] = on_cpu.where(gpus.isin(["", "[]", "[null]"]), gpus.str.strip('[]"').str.replace('"', ""))
+    return found
 
 
 # ---- what was varied -------------------------------------------------------------------------------

@@ -19,7 +19,7 @@ import numpy as np
 import pandas as pd
 
 import peftsweep
-from peftsweep.analysis.table.columns import PREDICTED, PREDICTION_ERROR
+from peftsweep.analysis.table.columns import PREDICTED, PREDICTION_ERROR, devices
 from peftsweep.errors import InputError, printable
 from peftsweep.study import record
 from peftsweep.study.atomic import replacing
@@ -272,6 +272,7 @@ def _with_comparisons(table: pd.DataFrame) -> pd.DataFrame:
     if "train_info.compile_graphs" in table:
         same = [c for c in table.columns if c.startswith("config.") and c not in NOT_TWINS]
         twins = table[same].map(lambda value: "" if pd.isna(value) else str(value)).agg("|".join, axis=1)
+        twins += "|" + devices(table)  # a step on another device is no step of a twin
         eager = table[table[COMPILE] == "none"].groupby(twins)[STEP].median()
         gains = [_compile_gain(row, eager.get(twin)) for (_, row), twin in zip(table.iterrows(), twins, strict=True)]
         table[[SPEED_UP, BREAK_EVEN]] = pd.DataFrame(gains, index=table.index, dtype="Float64")

@@ -34,12 +34,49 @@ def certainty(task: Task) -> Iterator[str]:
     values = task.compare(task.scores[0])["value"] if task.scores else pd.Series(dtype=float)
     if len(values) >= MANY and values.nunique() > 1:
         yield f"The best of {len(values):,} figures is partly luck: on other test rows expect a worse one."
+    said = ""
     for score in task.scores:
         by = f"{columns.score_name(score)}: " if len(task.scores) > 1 else ""
         yield _best(task, score)
+        if (lost := _lost_seeds(task, score)) and lost != said:
+            said = lost
+            yield by + lost
+        if score == task.scores[0] and (alone := _one_seed_alone(task, score)):
+            yield by + alone
         yield from (by + sentence for sentence in _against_baselines(task, score))
         if lacking := _without_score(task, score):
             yield f"By {columns.score_name(score)} {lacking}."
+
+
+def _lost_seeds(task: Task, score: str) -> str:
+    """The configurations whose figures are of some of their seeds alone, as others failed or diverged."""
+    lost = task.lost(score)
+    if not lost:
+        return ""
+    named = _listed([f"{words.code(task.labels[number])} ({one})" for number, one in lost.items()])
+    return (
+        f"**Seeds without a score** are in no figure: {named}. The figures are of the seeds that came to their end, "
+        "and those may be the better ones; another seed may end like the others."
+    )
+
+
+def _one_seed_alone(task: Task, score: str) -> str:
+    """The configurations with one seed where others have several; empty where all have one, or several."""
+    seeds = task.compare(score)["seeds"]
+    if not (seeds == 1).any() or (seeds == 1).all():
+        return ""
+    named = seeds.index[seeds == 1]
+    have = "has" if len(named) == 1 else "have"
+    return (
+        f"{_named(task, named)} {have} one seed alone: how much other seeds would change the figure is taken from the "
+        "configurations with several."
+    )
+
+
+def partly_lost(task: Task, score: str, number: Any) -> str:
+    """A part of a sentence: that the figure of this configuration is of some of its seeds alone; else empty."""
+    lost = task.lost(score).get(number)
+    return f"; **the figure is of {lost}**" if lost else ""
 
 
 def _without_score(task: Task, score: str) -> str:
@@ -215,7 +252,7 @@ def advice(task: Task) -> Advice:
         return Advice("none", None, why, f"**Use none of these**: {why}.{_not_ruled_out(task, score)}")
     if len(compared) < 2:
         only = compared.index[0]
-        why = "it is the only configuration with this score"
+        why = f"it is the only configuration with this score{partly_lost(task, score, only)}"
         sentence = f"**Use {words.code(task.labels[only])}**: {in_short(task, score, only)}; {why}."
         return Advice("only one", only, why, sentence)
     chosen, why = _chosen(task, score)
@@ -241,12 +278,12 @@ def _chosen(task: Task, score: str) -> tuple[Any, str]:
         sizes = configs.loc[near, ADAPTER].astype(float) if ADAPTER in configs else pd.Series(1.0, index=near)
         small = sizes[sizes <= 1.05 * sizes.min()].index if sizes.notna().any() else near
         seconds = configs.loc[small, SECONDS].astype(float) if SECONDS in configs else pd.Series(dtype=float)
-        timed = len(seconds) > 0 and bool(seconds.notna().all())
+        timed = len(seconds) > 0 and bool(seconds.notna().all()) and task.one_place(small)
         chosen = seconds.idxmin() if timed else small[0]
         why = f"of the {len(near)} within one standard error of the best {score_name}, the smallest adapter"
         if len(small) > 1:
             why += f", and of those within 5% of it the {'fastest' if timed else 'best'}"
-    return chosen, why + _better_by_others(task, score, chosen)
+    return chosen, why + partly_lost(task, score, chosen) + _better_by_others(task, score, chosen)
 
 
 def _better_by_others(task: Task, score: str, chosen: Any) -> str:

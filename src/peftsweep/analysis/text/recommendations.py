@@ -80,8 +80,11 @@ def uses(task: Task, score: str, quality_loss: float) -> Iterator[tuple[str, Any
         yield "quality", useful[0], "the best figure of those that are shown to be better than the untouched base"
     for need, column in (("small adapter", ADAPTER), ("fast training", SECONDS), ("little memory", task.memory)):
         known = configs.loc[near, column].dropna() if column and column in configs else pd.Series(dtype=float)
+        if column == SECONDS and not task.one_place(known.index):
+            continue
         if len(known) > 1 and column and known.max() > 1.01 * known.min():
-            yield f"{need} at that quality", known.idxmin(), words.cost(column, known.min())
+            of = f", of the {len(known)} of {len(near)} whose figure is known" if len(known) < len(near) else ""
+            yield f"{need} at that quality", known.idxmin(), f"{words.cost(column, known.min())}{of}"
     yield from _fitting(task, compared.loc[useful])
     yield from _faster(task, score, near, quality_loss)
 
@@ -101,6 +104,8 @@ def _faster(task: Task, score: str, near: pd.Index[Any], quality_loss: float) ->
     seconds = configs.loc[enough, SECONDS].dropna().astype(float)
     if seconds.empty or (fast := seconds.idxmin()) in near or seconds[fast] > configs.loc[near, SECONDS].min():
         return
+    if not task.one_place(seconds.index.union(near)):
+        return
     lost = f"at {words.difference(compared.loc[fast])} from the best"
     most = f"a loss of at most {words.amount(bound, best['scale'])} is accepted, {quality_loss:.0%} of the best"
     yield "speed before quality", fast, f"{words.cost(SECONDS, seconds[fast])}, {lost}; {most}"
@@ -118,5 +123,6 @@ def _fitting(task: Task, compared: pd.DataFrame) -> Iterator[tuple[str, Any, str
         fits = compared.index[(need <= gigabytes * 1e9).to_numpy(dtype=bool, na_value=False)]
         if len(fits) and (not answers or answers[-1][1] != fits[0]):
             answers.append((gigabytes, fits[0]))
+    of = f", of the {need.count()} of {len(need)} whose memory is known" if need.isna().any() else ""
     for gigabytes, number in answers:
-        yield f"{gigabytes} GB of memory", number, f"{size(need[number])} {name}"
+        yield f"{gigabytes} GB of memory", number, f"{size(need[number])} {name}{of}"

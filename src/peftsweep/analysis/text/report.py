@@ -5,7 +5,7 @@ Every sentence is made from figures of the study; where the data does not tell, 
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -140,7 +140,7 @@ def _ranking(task: Task, score: str, mark: str) -> Iterator[str]:
             {
                 "rank": "" if pd.isna(row["rank"]) else str(row["rank"]),
                 "configuration": task.labels[number],
-                "seeds": words.seeds(task.row(number, STATUSES)),
+                "seeds": _seeds(task.row(number, STATUSES), row["seeds"]),
                 columns.evaluation(score)[1]: findings.value_of(task, score, number),
                 "against the best": words.difference(row) if row["verdict"] != "best" else "",
                 "p": words.p(row["p_adjusted"]),
@@ -161,6 +161,12 @@ def _ranking(task: Task, score: str, mark: str) -> Iterator[str]:
     yield _meaning(compared, len(compared), score)
     yield ""
     yield from _not_in_names(task, compared.index[:ROWS].tolist())
+
+
+def _seeds(ended: Mapping[str, Any], scored: int) -> str:
+    """The seeds of a configuration by how they ended, and how many of them the score is of where that is fewer."""
+    without = ended[Status.success.name] > scored
+    return words.seeds(ended) + (f", {scored} with this score" if without else "")
 
 
 def _not_in_names(task: Task, numbers: list[int]) -> Iterator[str]:
