@@ -34,6 +34,7 @@ PLAN = "plan.json"
 # Files of a study with the decisions of sweep=tune and sweep=league.
 TUNE, LEAGUE = SEARCHES = ("tune.json", "league.json")
 ADAPTER = "adapter"
+WEIGHTS = (".safetensors", ".bin")  # suffixes of files of weights
 ADAPTER_CONFIGS = ("adapter_config.json", "config.json")  # of PEFT, and of a whole model
 BASE = "base"  # in a study: a folder for each untouched base, with its scores and answers
 RESIDUAL = "base"  # in an adapter's folder: its base, if that is not the base of the trial
@@ -202,7 +203,7 @@ def _damage(trial: Path, versions: tuple[tuple[str, int, int], ...]) -> str | No
 
 
 def _holds_weights(folder: Path) -> bool:
-    return any(file.suffix in (".safetensors", ".bin") for file in folder.glob("*"))
+    return any(file.suffix in WEIGHTS for file in folder.glob("*"))
 
 
 def damage_of_lines(predictions: Path, done: Result, evaluation: str) -> str | None:
