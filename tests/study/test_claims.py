@@ -66,6 +66,39 @@ def test_a_number_that_was_given_anew_is_no_sign_of_life(other: Callable[..., Pa
     assert is_claimed(scratch) is None
 
 
+def test_a_process_that_cannot_be_seen_is_not_dead(
+    other: Callable[..., Path], scratch: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """/proc hides those of other users (hidepid), or no file can be opened."""
+    real = Path.read_text
+
+    def no_more_files(self: Path, *given: Any, **options: Any) -> str:
+        if self.match(f"/proc/{process.pid}/stat"):
+            raise OSError(errno.EMFILE, os.strerror(errno.EMFILE), str(self))
+        return real(self, *given, **options)
+
+    with subprocess.Popen(["sleep", "60"]) as process:
+        other(process.pid)
+        tag = f"{process.pid}-{owner.started(process.pid):.0f}-{owner.tag().rpartition('-')[2]}"
+        with monkeypatch.context() as patch:
+            patch.setattr(Path, "read_text", no_more_files)
+            assert "s if no heartbeat comes" in (is_claimed(scratch) or "")
+            assert owner.gone(tag) is None
+        assert owner.gone(tag) is False
+        process.kill()
+
+    def of_another_user(*_: Any) -> None:
+        raise PermissionError(errno.EPERM, os.strerror(errno.EPERM))
+
+    other()
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "kill", of_another_user)
+        assert "s if no heartbeat comes" in (is_claimed(scratch) or "")
+        assert owner.gone(tag) is None
+    assert owner.gone(tag) is True
+    assert is_claimed(scratch) is None
+
+
 def test_a_clock_that_is_set_takes_no_trial_from_a_living_process(
     other: Callable[..., Path], scratch: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -63,7 +63,8 @@ def replacing(file: Path) -> Iterator[Path]:
         sync(temporary)
         os.replace(temporary, file)
     except BaseException:
-        temporary.unlink(missing_ok=True)
+        with suppress(OSError):  # the first error is the one to tell
+            temporary.unlink()
         raise
 
 

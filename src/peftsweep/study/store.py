@@ -309,7 +309,7 @@ def unwritable(error: BaseException) -> Unwritable | None:
     error = next((one for one in _raised(error) if getattr(one, "errno", None) in NO_SPACE_ERRNOS), error)
     where = Path(str(getattr(error, "filename", None) or ROOT))
     if isinstance(error, OSError):
-        ours = ROOT.resolve() in (where.resolve(), *where.resolve().parents)
+        ours = _in_a_study(where)
         reason = (
             error.strerror if error.errno in NO_SPACE_ERRNOS or (error.errno in UNWRITABLE_ERRNOS and ours) else None
         )
@@ -319,6 +319,12 @@ def unwritable(error: BaseException) -> Unwritable | None:
         if code and int(code[1]) in UNWRITABLE_ERRNOS:
             reason = os.strerror(int(code[1]))
     return Unwritable(f"{where}: {reason}; finished trials are kept, the same command continues") if reason else None
+
+
+def _in_a_study(path: Path) -> bool:
+    """Whether ``path`` lies below multirun/ by its name (a study may be a link to another disk) or without links."""
+    named, real = path.absolute(), path.resolve()
+    return ROOT.absolute() in (named, *named.parents) or ROOT.resolve() in (real, *real.parents)
 
 
 def _raised(error: BaseException) -> Iterator[BaseException]:

@@ -12,7 +12,7 @@ import threading
 import time
 from collections import Counter, deque
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from peftsweep.config.compose import Trial
@@ -137,7 +137,8 @@ class _Watch:
         def poll() -> None:
             waiting = True
             while not over.wait(POLL_SECONDS):
-                self._look()
+                with suppress(OSError, InputError):  # if it stays, the last look raises it
+                    self._look()
                 if waiting and not self._named and time.monotonic() - begun > WAITING_NOTICE_SECONDS:
                     waiting = False
                     self._display.say(
@@ -175,14 +176,15 @@ class _Watch:
 
     def _show(self, trial: Trial, steps: Path) -> None:
         view = self._view(trial)
-        size = steps.stat().st_size if steps.exists() else 0
-        if size != self._seen.setdefault(trial.identity, size):
-            self._seen[trial.identity] = size
-            with steps.open("rb") as lines:
-                lines.seek(max(0, size - LAST_LINE))
-                whole = [line for line in lines.read().splitlines(keepends=True) if line.endswith(b"\n")]
-            if whole:
-                view.step(json.loads(whole[-1]))
+        with suppress(OSError, ValueError):  # another machine may write or delete it at this moment
+            size = steps.stat().st_size if steps.exists() else 0
+            if size != self._seen.setdefault(trial.identity, size):
+                self._seen[trial.identity] = size
+                with steps.open("rb") as lines:
+                    lines.seek(max(0, size - LAST_LINE))
+                    whole = [line for line in lines.read().splitlines(keepends=True) if line.endswith(b"\n")]
+                if whole:
+                    view.step(json.loads(whole[-1]))
 
     def _view(self, trial: Trial) -> TrialView:
         if trial.identity not in self._views:
@@ -197,9 +199,13 @@ class _Watch:
         return result
 
 
-def _written(folder: Path) -> int | None:
-    """The time at which the record in ``folder`` was written, in nanoseconds; None if there is no record."""
+def _written(folder: Path) -> tuple[int, int] | None:
+    """The version of the record in ``folder``; None if there is no record.
+
+    Two records of a file system whose times are whole seconds may have the same time, but not the same file.
+    """
     try:
-        return (folder / record.RESULT).stat().st_mtime_ns
+        stat = (folder / record.RESULT).stat()
+        return stat.st_mtime_ns, stat.st_ino
     except OSError:
         return None

@@ -198,12 +198,12 @@ class _Worker:
         return self._child.connection
 
     def give(self, job: Job, views: list[TrialView], options: Options) -> None:
-        if self._spent or not self.process.is_alive():
+        message = ([configuration.without_rows(one) for one in job], options)
+        if self._spent or not self._child.takes(message):
             self.replace()
-        self.job, self.views, self.stage = job, views, "setup"
+            processes.must_take(self._child, message)
+        self.job, self.views, self.stage, self._spent = job, views, "setup", False
         self.since, self._oom_kills = time.monotonic(), processes.oom_kills()
-        os.ftruncate(self._child.output, 0)
-        self.connection.send(([configuration.without_rows(one) for one in job], options))
 
     def take(self) -> Job:
         """The job that the worker ran; the worker is free again."""
@@ -248,7 +248,7 @@ class _Worker:
 
     def replace(self) -> None:
         self._child.end()
-        self._child, self._spent = processes.start(self._place, self._threads), False
+        self._child = processes.start(self._place, self._threads)
 
     def let_go(self) -> None:
         self._child.let_go()
