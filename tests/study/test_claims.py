@@ -16,7 +16,7 @@ import filelock
 import psutil
 import pytest
 
-from peftsweep.study import claims, owner, record
+from peftsweep.study import atomic, claims, owner, record
 from peftsweep.study.record import Result
 from peftsweep.trial import outcome
 
@@ -168,6 +168,19 @@ def test_a_disk_without_locks_is_no_reason_to_wait_or_to_run_twice(
 
     monkeypatch.setattr(claims, "write_json", beaten)
     assert is_claimed(scratch) == "another process has just taken it"
+
+
+def test_a_lock_that_fails_for_a_moment_is_tried_again(scratch: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(atomic, "PAUSES", (0.0, 0.0))
+    left, real = iter(range(2)), filelock.FileLock.acquire
+
+    def stale(self: Any, *given: Any, **options: Any) -> Any:
+        if next(left, None) is not None:
+            raise OSError(errno.ESTALE, os.strerror(errno.ESTALE))
+        return real(self, *given, **options)
+
+    monkeypatch.setattr(filelock.FileLock, "acquire", stale)
+    assert is_claimed(scratch) is None
 
 
 def test_a_tag_is_of_a_process_of_this_machine() -> None:
