@@ -136,6 +136,18 @@ def result(trial: Path) -> Result | None:
         return None
 
 
+def version(trial: Path) -> tuple[int, int] | None:
+    """The version of the trial's record; None if there is no record.
+
+    Two records of a file system whose times are whole seconds may have the same time, but not the same file.
+    """
+    try:
+        stat = (trial / RESULT).stat()
+        return stat.st_mtime_ns, stat.st_ino
+    except OSError:
+        return None
+
+
 def result_of_adapter(folder: Path) -> Result | None:
     """The record of the trial that trained the adapter in ``folder``; None if no trial did.
 

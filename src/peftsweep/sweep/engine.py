@@ -124,7 +124,7 @@ class _Watch:
         self._running = {one.identity: one for one in trials}
         # Absolute, because a launcher that runs jobs in this process may change the working directory.
         self._folders = {one.identity: done.folder(one).absolute() for one in trials}
-        self._before = {identity: _written(folder) for identity, folder in self._folders.items()}
+        self._before = {identity: store.version(folder) for identity, folder in self._folders.items()}
         self._views: dict[str, TrialView] = {}
         self._seen: dict[str, int] = {}  # size of steps.jsonl in bytes when it was last read, by identity
 
@@ -165,7 +165,7 @@ class _Watch:
     def _look(self, *, last: bool = False) -> None:
         for identity, trial in list(self._running.items()):
             place = self._folders[identity]
-            if _written(place) not in (None, self._before[identity]):
+            if store.version(place) not in (None, self._before[identity]):
                 result = store.result(place)
                 # An interrupted trial writes a record too, but its launcher may have put it into the queue again.
                 if result and (last or result.status is not Status.cancelled):
@@ -197,15 +197,3 @@ class _Watch:
         self._view(trial).end(result, named=self._named != trial.identity)
         self._named = trial.identity
         return result
-
-
-def _written(folder: Path) -> tuple[int, int] | None:
-    """The version of the record in ``folder``; None if there is no record.
-
-    Two records of a file system whose times are whole seconds may have the same time, but not the same file.
-    """
-    try:
-        stat = (folder / record.RESULT).stat()
-        return stat.st_mtime_ns, stat.st_ino
-    except OSError:
-        return None

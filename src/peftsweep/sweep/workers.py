@@ -198,7 +198,7 @@ class _Worker:
         return self._child.connection
 
     def give(self, job: Job, views: list[TrialView], options: Options) -> None:
-        message = ([configuration.without_rows(one) for one in job], options)
+        message, self.before = ([configuration.without_rows(one) for one in job], options), done.Before(job)
         if self._spent or not self._child.takes(message):
             self.replace()
             processes.must_take(self._child, message)
@@ -305,7 +305,7 @@ def _in_pool(
                     continue
                 members = list(zip(worker.take(), worker.views, strict=True))
                 for one, view in members:
-                    if (found := store.result(done.folder(one))) is None:  # it had not begun when the job was stopped
+                    if (found := worker.before.record(one, new=outcome != "done")) is None:  # it had not begun
                         retract(view)
                         later.append((now, [one]))
                         continue
@@ -322,7 +322,7 @@ def _in_pool(
             elif outcome == "died" and tries[one.identity] <= options.retries:
                 postpone(worker, 0.0)
             else:
-                result = None if outcome == "timeout" else store.result(done.folder(one))
+                result = None if outcome == "timeout" else worker.before.record(one, new=outcome != "done")
                 try:
                     result = result or _record(worker, one, outcome, message, options)
                 except claims.Claimed as claimed:  # another sweep took the trial when this sweep's worker had died
