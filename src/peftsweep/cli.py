@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import atexit
 import json
 import math
 import os
@@ -196,12 +197,11 @@ def _run_command(command: Callable[[], Any]) -> int:
         signal.signal(signal.SIGINT, _interrupt)
     try:
         return _print_errors_in_one_line(command)
-    except KeyboardInterrupt:
-        pass
-    except Exception:
-        if not _interrupts:
+    except (KeyboardInterrupt, Exception) as error:
+        if isinstance(error, Exception) and not _interrupts:
             raise
     print(INTERRUPTED, file=sys.stderr)
+    atexit.register(signal.signal, signal.SIGINT, lambda *_: os._exit(130))  # at its exit an exception would be printed
     return 130
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -40,6 +41,19 @@ def test_a_command_outlives_its_output(redirection: str) -> None:
     if "/dev/full" in redirection and not FULL.exists():
         pytest.skip("needs /dev/full")
     assert b"Error" not in outlives(redirection).stderr
+
+
+def test_a_full_pipe_that_does_not_block_is_waited_for() -> None:
+    Path("door.py").write_text(DOOR)
+    reading, writing = os.pipe()
+    os.set_blocking(writing, False)
+    with subprocess.Popen([sys.executable, "door.py"], stdout=writing, stderr=subprocess.PIPE) as process:
+        os.close(writing)
+        time.sleep(1.0)  # in which the pipe gets full
+        with open(reading, "rb") as pipe:
+            lines = len(pipe.read().splitlines())
+        _, err = process.communicate()
+    assert (process.returncode, err, lines) == (0, b"said\n", 20_001)
 
 
 def test_characters_that_an_encoding_lacks_are_written_in_ascii() -> None:

@@ -139,3 +139,29 @@ def test_what_safetensors_says_of_a_disk_is_the_line_of_a_full_one(code: int) ->
     message = f"Error while serializing: I/O error: {os.strerror(code)} (os error {code})"
     assert os.strerror(code) in str(store.unwritable(SafetensorError(message)))
     assert store.unwritable(SafetensorError(f"Error while deserializing header (os error {errno.EIO + 1000})")) is None
+
+
+def test_a_study_that_is_a_link_to_another_disk_is_named_too(tmp_path: Path) -> None:
+    (tmp_path / "disk").mkdir()
+    store.ROOT.mkdir()
+    (store.ROOT / "linked").symlink_to(tmp_path / "disk", target_is_directory=True)
+    for code in (errno.EACCES, errno.ESTALE):
+        file = store.ROOT / "linked" / "trial" / "result.json"
+        line = f"{file}: {os.strerror(code)}; finished trials are kept, the same command continues"
+        assert str(store.unwritable(OSError(code, os.strerror(code), str(file)))) == line
+        assert store.unwritable(OSError(code, os.strerror(code), str(tmp_path / "disk" / "other"))) is None
+
+
+def test_the_error_that_is_told_is_the_first(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A disk that is full and cannot delete either is a full disk."""
+
+    def fails(code: int) -> Any:
+        def failing(path: Path, **_: Any) -> None:
+            raise OSError(code, os.strerror(code), str(path))
+
+        return failing
+
+    monkeypatch.setattr(atomic, "sync", fails(errno.ENOSPC))
+    monkeypatch.setattr(Path, "unlink", fails(errno.EROFS))
+    with pytest.raises(OSError, match="No space left"):
+        record.write_text(tmp_path / "result.json", "{}")

@@ -16,7 +16,7 @@ import filelock
 import psutil
 import pytest
 
-from peftsweep.study import claims, owner, record
+from peftsweep.study import atomic, claims, owner, record
 from peftsweep.study.record import Result
 from peftsweep.trial import outcome
 
@@ -63,6 +63,39 @@ def test_a_process_number_says_nothing_of_another_container_or_machine(
 
 def test_a_number_that_was_given_anew_is_no_sign_of_life(other: Callable[..., Path], scratch: Path) -> None:
     other(os.getpid(), started=1.0)
+    assert is_claimed(scratch) is None
+
+
+def test_a_process_that_cannot_be_seen_is_not_dead(
+    other: Callable[..., Path], scratch: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """/proc hides those of other users (hidepid), or no file can be opened."""
+    real = Path.read_text
+
+    def no_more_files(self: Path, *given: Any, **options: Any) -> str:
+        if self.match(f"/proc/{process.pid}/stat"):
+            raise OSError(errno.EMFILE, os.strerror(errno.EMFILE), str(self))
+        return real(self, *given, **options)
+
+    with subprocess.Popen(["sleep", "60"]) as process:
+        other(process.pid)
+        tag = f"{process.pid}-{owner.started(process.pid):.0f}-{owner.tag().rpartition('-')[2]}"
+        with monkeypatch.context() as patch:
+            patch.setattr(Path, "read_text", no_more_files)
+            assert "s if no heartbeat comes" in (is_claimed(scratch) or "")
+            assert owner.gone(tag) is None
+        assert owner.gone(tag) is False
+        process.kill()
+
+    def of_another_user(*_: Any) -> None:
+        raise PermissionError(errno.EPERM, os.strerror(errno.EPERM))
+
+    other()
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "kill", of_another_user)
+        assert "s if no heartbeat comes" in (is_claimed(scratch) or "")
+        assert owner.gone(tag) is None
+    assert owner.gone(tag) is True
     assert is_claimed(scratch) is None
 
 
@@ -135,6 +168,19 @@ def test_a_disk_without_locks_is_no_reason_to_wait_or_to_run_twice(
 
     monkeypatch.setattr(claims, "write_json", beaten)
     assert is_claimed(scratch) == "another process has just taken it"
+
+
+def test_a_lock_that_fails_for_a_moment_is_tried_again(scratch: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(atomic, "PAUSES", (0.0, 0.0))
+    left, real = iter(range(2)), filelock.FileLock.acquire
+
+    def stale(self: Any, *given: Any, **options: Any) -> Any:
+        if next(left, None) is not None:
+            raise OSError(errno.ESTALE, os.strerror(errno.ESTALE))
+        return real(self, *given, **options)
+
+    monkeypatch.setattr(filelock.FileLock, "acquire", stale)
+    assert is_claimed(scratch) is None
 
 
 def test_a_tag_is_of_a_process_of_this_machine() -> None:

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from peftsweep.study import record, sweep_record
+from peftsweep.study import owner, record, sweep_record
 from peftsweep.study.record import Result
 from tests.conftest import SMALL, records
 
@@ -54,3 +54,15 @@ def test_a_sweep_leaves_its_record_and_one_that_had_nothing_to_do_none(command: 
     assert "method.r=2,4" in found["command"]
     assert found["seconds_in_trials"] <= sum(one.run_info["total_seconds"] for one in records().values()) + 1e-6
     assert 0 < found["seconds_outside_trials"] < found["seconds"]
+
+
+def test_commands_of_two_containers_with_one_number_in_one_second_keep_a_file_each(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("time.strftime", lambda _: "20260101-120000")
+    for machine in ("a", "b"):
+        monkeypatch.setattr(owner, "_machine_tag", lambda machine=machine: machine)
+        kept = sweep_record.SweepRecord(tmp_path, ["method.r=8,16"], 2)
+        kept.add(ended(1.0))
+        kept.write()
+    assert len([*(tmp_path / "sweeps").glob("*.json")]) == 2

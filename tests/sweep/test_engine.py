@@ -10,9 +10,11 @@ import signal
 import subprocess
 import threading
 import time
+from collections import deque
 from collections.abc import Callable, Sequence
 from importlib.util import find_spec
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import psutil
@@ -23,11 +25,11 @@ from hydra.core.plugins import Plugins
 from peftsweep import InputError
 from peftsweep.config.compose import Trial
 from peftsweep.errors import Unwritable
-from peftsweep.observe.display import Display
-from peftsweep.study import claims, record
+from peftsweep.observe.display import Display, TrialView
+from peftsweep.study import claims, record, store
 from peftsweep.study.record import Result, Status
-from peftsweep.sweep import engine
-from peftsweep.trial import done
+from peftsweep.sweep import engine, workers
+from peftsweep.trial import done, task
 from tests.conftest import SMALL, UNWRITTEN, records, scores, start, wait_for
 
 Command = Callable[..., tuple[int, str, str]]
@@ -195,6 +197,70 @@ def test_a_trial_that_others_run_is_waited_for(three: list[Trial]) -> None:
         claim.__exit__(None, None, None)
 
     assert run(three[:1], launch)["r2"].status is Status.success
+
+
+def test_what_is_read_while_others_write_it_ends_no_display(
+    three: list[Trial], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Steps that are half written or deleted, and a record of a later version that is deleted again."""
+    monkeypatch.setattr(engine, "POLL_SECONDS", 0.02)
+    lost: list[Any] = []
+    monkeypatch.setattr(threading, "excepthook", lost.append)
+    shown: list[int] = []
+    monkeypatch.setattr(TrialView, "step", lambda self, row: shown.append(row["step"]))
+    folder = done.folder(three[0])
+    steps, result = folder / "steps.jsonl", folder / "result.json"
+
+    def launch(trials: Sequence[Trial]) -> list[None]:
+        folder.mkdir(parents=True)
+        with claims.claim(folder.parent, three[0].identity):
+            for text in ('{"step": 1}\n', '{"step": 1}\n"step": \n'):
+                steps.write_text(text)
+                time.sleep(0.5)
+            result.write_text('{"schema_version": 999}')
+            time.sleep(0.5)
+            result.unlink()
+            steps.write_text('{"step": 1}\n{"step": 2}\n{"step": 3}\n')
+            time.sleep(0.5)
+        engine.job(trials[0])
+        return [None]
+
+    assert run(three[:1], launch)["r2"].status is Status.success
+    assert not lost
+    assert 3 in shown
+
+
+def test_a_record_of_the_same_second_is_another_one(three: list[Trial]) -> None:
+    """On a file system that keeps times in seconds."""
+    folder = done.folder(three[0])
+    folder.mkdir(parents=True)
+    versions = []
+    for text in ("{}", "{ }"):
+        record.write_text(folder / "result.json", text)
+        os.utime(folder / "result.json", (1e9, 1e9))
+        versions.append(store.version(folder))
+    assert versions[0] != versions[1]
+
+
+def test_the_record_of_an_earlier_attempt_is_not_that_of_a_worker_that_dies_before_it_begins(
+    three: list[Trial], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    one = three[0]
+    failure = {"type": "KeyboardInterrupt", "message": "interrupted", "stage": "train", "traceback": ""}
+    task.died(one, Status.cancelled, failure, 1.0)
+    here = {"job": [one], "views": [TrialView(Display(1), "r2")], "before": done.Before([one])}
+    taken = SimpleNamespace(**here, connection=None, process=SimpleNamespace(sentinel=None))
+    taken.take = lambda: taken.__dict__.update(job=[]) or [one]
+    taken.death = lambda: (Status.failed, failure | {"message": "its process ended by SIGKILL"})
+    monkeypatch.setattr("multiprocessing.connection.wait", lambda *_: [])
+    monkeypatch.setattr(workers, "_ended", lambda *_: ("died", ""))
+    taken.since = time.monotonic()
+    options = workers.Options()
+    with Display(1) as display:
+        ended = [*workers._in_pool(deque(), [taken], workers.Budget(options), display, options)]  # type: ignore[list-item]
+    assert [(result.status, (result.error or {})["message"]) for _, result in ended] == [
+        (Status.failed, "its process ended by SIGKILL")
+    ]
 
 
 # ---- what a user sees ------------------------------------------------------------------------------

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import re
 import signal
@@ -10,6 +11,7 @@ import sys
 import time
 import uuid
 from collections.abc import Callable
+from multiprocessing.context import ForkServerProcess
 from pathlib import Path
 
 import psutil
@@ -279,6 +281,85 @@ def test_all_that_a_worker_started_ends_with_it(does: str, how: str, code: int |
     while left(seconds) and time.monotonic() < end:
         time.sleep(0.05)
     assert not left(seconds)
+
+
+# A program of workers that imports nothing: it answers each message with the worker's own number.
+ECHO = """
+import os, time
+from peftsweep.sweep import processes
+processes.PROGRAM = "echo"
+class workers:
+    def serve(channel, threads):
+        while True:
+            message = channel.recv()
+            if message == "hold":
+                time.sleep(600)
+            channel.send(os.getpid())
+"""
+WITH_WORKER = """
+import multiprocessing, os, signal, sys, time
+from peftsweep.sweep import processes
+if __name__ == "__main__":
+    multiprocessing.get_context("forkserver").set_forkserver_preload(["echo"])
+    processes._have_temporary_folder()
+    child = processes.start(processes.CPU, 1)
+"""
+
+
+def with_worker(scratch: Path, *lines: str) -> subprocess.CompletedProcess[str]:
+    """Run ``lines`` in a process that has a worker, ``child``, which nothing ends but the exit of the process."""
+    (scratch / "echo.py").write_text(ECHO)
+    (scratch / "command.py").write_text(WITH_WORKER + "".join(f"    {line}\n" for line in lines))
+    path = os.pathsep.join(filter(None, [str(scratch), os.environ.get("PYTHONPATH")]))
+    command = [sys.executable, "command.py"]
+    return subprocess.run(
+        command, env=os.environ | {"PYTHONPATH": path}, capture_output=True, text=True, check=False, timeout=120
+    )
+
+
+@pytest.mark.parametrize("message", ["idle", "hold"])
+def test_an_exit_in_the_middle_of_the_end_waits_for_no_worker(message: str, scratch: Path) -> None:
+    """As after a third Ctrl-C: the interpreter joins workers, and their guards ignore the SIGTERM that it sends."""
+    done = with_worker(scratch, f"child.connection.send({message!r})", "print(child.pid, flush=True)", "time.sleep(1)")
+    assert (done.returncode, done.stderr) == (0, "")
+    assert not psutil.pid_exists(int(done.stdout))
+
+
+def test_a_worker_that_was_killed_while_idle_takes_no_trial(scratch: Path) -> None:
+    """Its guard may live on, as here where it is stopped."""
+    done = with_worker(
+        scratch,
+        "assert child.takes('whose')",
+        "assert child.connection.recv() == child.pid",
+        "os.kill(child.process.pid, signal.SIGSTOP)",
+        "os.kill(child.pid, signal.SIGKILL)",
+        "time.sleep(0.5)",
+        "print(child.process.is_alive(), child.takes('whose'), child.takes('whose'))",
+        "os.kill(child.process.pid, signal.SIGCONT)",
+    )
+    assert (done.returncode, done.stdout, done.stderr) == (0, "True False False\n", "")
+
+
+def test_a_worker_starts_though_the_socket_of_the_fork_server_was_deleted(scratch: Path) -> None:
+    """As by a cleaner of /tmp, during a sweep of weeks."""
+    done = with_worker(
+        scratch,
+        "import shutil; from multiprocessing import util; shutil.rmtree(util.get_temp_dir())",
+        "print(processes.start(processes.CPU, 1).process._start_method)",
+    )
+    assert (done.returncode, done.stdout, done.stderr) == (0, "spawn\n", "")
+
+
+@pytest.mark.parametrize("error", [OSError(errno.EAGAIN, os.strerror(errno.EAGAIN)), EOFError()])
+def test_where_no_process_can_be_forked_one_line_says_so(error: Exception, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refused(*_: object) -> None:
+        raise error
+
+    monkeypatch.setattr(ForkServerProcess, "start", refused)
+    with pytest.raises(
+        InputError, match=r"^hydra\.launcher\.workers: a worker process cannot be started \(.+\); ulimit"
+    ):
+        processes.start(processes.CPU, 1)
 
 
 HAS_SOCKETS = """

@@ -203,6 +203,29 @@ def test_ctrl_c_in_a_terminal_while_all_is_imported_is_one_line() -> None:
     assert (process.returncode, out, err) == (130, "", "interrupted; the same command continues\n")
 
 
+INTERRUPTED_TWICE = """
+import atexit, os, signal, sys, time
+from peftsweep import cli
+
+@atexit.register
+def exit_takes_a_while():
+    os.kill(os.getpid(), signal.SIGINT)
+    time.sleep(60)
+
+def command():
+    signal.signal(signal.SIGINT, cli._interrupt)
+    os.kill(os.getpid(), signal.SIGINT)
+    time.sleep(60)
+
+sys.exit(cli._run_command(command))
+"""
+
+
+def test_an_interrupt_while_an_interrupted_command_ends_is_no_second_line() -> None:
+    done = subprocess.run([sys.executable, "-c", INTERRUPTED_TWICE], capture_output=True, text=True, timeout=120)
+    assert (done.returncode, done.stdout, done.stderr) == (130, "", "interrupted; the same command continues\n")
+
+
 def full_for_safetensors(*_: Any) -> Any:
     raise SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)")
 

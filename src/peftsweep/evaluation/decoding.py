@@ -10,15 +10,16 @@ from itertools import groupby
 from typing import Any, NamedTuple, Protocol, cast
 
 import torch
-from peft import PeftModel, PeftType
+from peft import PeftModel
 from torch import nn
 from transformers import GenerationConfig, PreTrainedTokenizerBase, StoppingCriteria, StoppingCriteriaList
 
 from peftsweep.data.templates import Example
 from peftsweep.data.tokens import prompt_ids
 from peftsweep.errors import InputError
-from peftsweep.evaluation.static_decoding import Unfit, static_decoder
-from peftsweep.models.losses import last_positions, row_inputs
+from peftsweep.evaluation.static_decoding import Unfit, next_logits, static_decoder
+from peftsweep.models.compatibility import PREFIX_METHODS
+from peftsweep.models.losses import row_inputs
 from peftsweep.models.parts import LONG_ROWS, SHORT_ROWS, forget_longer_rows, rows_by_rotation
 from peftsweep.models.probe import abilities
 from peftsweep.observe.measure import out_of_memory
@@ -242,13 +243,13 @@ class _GrowingCache:
         """See ``_Decoder``."""
         self._cache = None
         self._attention, self._positions = attention, (attention.cumsum(-1) - 1).clamp(min=0)
-        return self._read(ids, last_positions(1, ids.device))
+        return self._read(ids)
 
     def following(self) -> torch.Tensor:
         """See ``_Decoder``."""
         self._attention = torch.cat([self._attention, self._attention.new_ones(len(self._attention), 1)], dim=1)
         self._positions = self._positions[:, -1:] + 1
-        return self._read(self._chosen[:, None], 1)
+        return self._read(self._chosen[:, None])
 
     def keep(self, places: list[int]) -> bool:
         """See ``_Decoder``."""
@@ -258,16 +259,9 @@ class _GrowingCache:
         self._positions = self._positions[kept]
         return True
 
-    def _read(self, ids: torch.Tensor, kept_logits: torch.Tensor | int) -> torch.Tensor:
-        output = self._model(
-            input_ids=ids,
-            attention_mask=self._attention,
-            position_ids=self._positions,
-            past_key_values=self._cache,
-            use_cache=True,
-            logits_to_keep=kept_logits,
-        )
-        self._cache, self._chosen = output.past_key_values, output.logits[:, -1].argmax(-1)
+    def _read(self, ids: torch.Tensor) -> torch.Tensor:
+        logits, self._cache = next_logits(self._model, ids, self._attention, self._positions, self._cache)
+        self._chosen = logits.argmax(-1)
         return self._chosen
 
 
@@ -381,7 +375,7 @@ def reads_padding(model: nn.Module) -> bool:
     method: Any = model.active_peft_config if isinstance(model, PeftModel) else None
     if method is None or not method.is_prompt_learning:
         return False
-    return method.peft_type not in (PeftType.PREFIX_TUNING, PeftType.CARTRIDGE)
+    return method.peft_type not in PREFIX_METHODS.values()
 
 
 def _end_ids(model: nn.Module, tokenizer: PreTrainedTokenizerBase) -> list[int]:

@@ -36,6 +36,24 @@ log = logging.getLogger(__name__)
 MIN_NEW_TOKENS = 8  # with fewer, capturing costs more than the replays save
 
 
+def next_logits(
+    model: nn.Module, ids: torch.Tensor, attention: torch.Tensor, positions: torch.Tensor, cache: Any
+) -> tuple[torch.Tensor, Any]:
+    """The logits of the last token of each row, [rows, vocabulary], and the cache with the tokens ``ids`` in it.
+
+    ``ids`` and ``positions`` are [rows, length]; ``attention`` covers the tokens in ``cache`` too. None: a new cache.
+    """
+    output = model(
+        input_ids=ids,
+        attention_mask=attention,
+        position_ids=positions,
+        past_key_values=cache,
+        use_cache=True,
+        logits_to_keep=last_positions(1, ids.device) if ids.shape[1] > 1 else 1,
+    )
+    return output.logits[:, -1], output.past_key_values
+
+
 class Unfit(Exception):
     """Why the model cannot decode in static shapes."""
 
@@ -110,7 +128,7 @@ class StaticDecoder:
         self._mask.fill_(1)
         self._mask[:, : ids.shape[1]] = attention
         positions = (attention.cumsum(-1) - 1).clamp(min=0)
-        logits = self._logits(ids, self._mask, positions, self._cache)[0]
+        logits, _ = next_logits(self._model, ids, self._mask, positions, self._cache)
         self._ids.copy_(logits.argmax(-1, keepdim=True))
         self._positions.copy_(positions[:, -1:] + 1)
         if not self._checked:
@@ -133,32 +151,18 @@ class StaticDecoder:
             self._graph.replay()
         return self._tokens()
 
-    def _logits(
-        self, ids: torch.Tensor, mask: torch.Tensor, positions: torch.Tensor, cache: Any
-    ) -> tuple[torch.Tensor, Any]:
-        """The logits of the last token of each row, [rows, vocabulary], and the cache."""
-        output = self._model(
-            input_ids=ids,
-            attention_mask=mask,
-            position_ids=positions,
-            past_key_values=cache,
-            use_cache=True,
-            logits_to_keep=last_positions(1, ids.device) if ids.shape[1] > 1 else 1,
-        )
-        return output.logits[:, -1], output.past_key_values
-
     def _step(self) -> torch.Tensor:
         """Read the last tokens, and put those that follow in their place; the logits, [rows, vocabulary]."""
-        logits, _ = self._logits(self._ids, self._mask, self._positions, self._cache)
+        logits, _ = next_logits(self._model, self._ids, self._mask, self._positions, self._cache)
         self._ids.copy_(logits.argmax(-1, keepdim=True))
         self._positions.add_(1)
         return logits
 
     def _check(self, ids: torch.Tensor, attention: torch.Tensor, positions: torch.Tensor, logits: torch.Tensor) -> None:
         """Compare the first logits, and those of a step, with those of the usual cache; the state is as before."""
-        expected, cache = self._logits(ids, attention, positions, None)
+        expected, cache = next_logits(self._model, ids, attention, positions, None)
         longer = torch.cat([attention, attention.new_ones(len(attention), 1)], dim=1)
-        expected_next, _ = self._logits(self._ids, longer, self._positions, cache)
+        expected_next, _ = next_logits(self._model, self._ids, longer, self._positions, cache)
         before = self._copied_state()
         found = self._step()
         self._restore(before)

@@ -29,6 +29,8 @@ UNKNOWN_TO_TORCHAO = "it computes with the base's weights, and torchao's weights
 MERGE_OF_TORCHAO = "PEFT does not pass it the settings of torchao that it needs"
 IN_PLACE = "it changes the output of a layer in place, which quanto's autograd forbids"
 AUTOCAST_OF_QUANTO = "autocast changes the dtype of weights, which quanto's do not allow; use model.dtype=bfloat16"
+# Methods whose virtual tokens are keys and values in the cache: class of the configuration -> its peft_type.
+PREFIX_METHODS = {"PrefixTuningConfig": "PREFIX_TUNING", "CartridgeConfig": "CARTRIDGE"}
 BOTH = ("4bit", "8bit")  # the kinds of bitsandbytes
 SUBCLASSES = ("torchao", "quanto")
 QUANTISED = (*BOTH, *SUBCLASSES, "untested")
@@ -143,9 +145,8 @@ RULES = (
     Rule("TrainableTokensConfig", ("classifier",), HEADLESS),
     Rule("CPTConfig", ("classifier",), "its loss is that of a language model"),
     Rule("ShadowConfig", ("classifier",), "its second path is a decoder that writes text"),
-    Rule("PrefixTuningConfig", ("encoder",), CACHELESS),
-    Rule("CartridgeConfig", ("encoder",), CACHELESS),
-    *(Rule(config, ("checkpointing",), RECOMPUTED) for config in ("PrefixTuningConfig", "CartridgeConfig")),
+    *(Rule(config, ("encoder",), CACHELESS) for config in PREFIX_METHODS),
+    *(Rule(config, ("checkpointing",), RECOMPUTED) for config in PREFIX_METHODS),
     Rule("PolyConfig", ("checkpointing",), "its layers get their tasks in the forward pass only"),
     *(
         Rule(config, ("float16",), UNSCALED)
@@ -347,6 +348,6 @@ def _check_virtual_tokens(method: Any, config: Any, width: int) -> None:
             f"method.num_transformer_submodules={method.num_transformer_submodules}: must be 1 or null, because "
             "the model has one stack of layers"
         )
-    into_cache = method.peft_type in ("PREFIX_TUNING", "CARTRIDGE")  # their width may be that of some layers only
+    into_cache = method.peft_type in PREFIX_METHODS.values()  # their width may be that of some layers only
     if not into_cache and method.token_dim not in (None, width):
         raise InputError(f"method.token_dim={method.token_dim}: must be {width} or null, the width of the embeddings")

@@ -42,11 +42,11 @@ from peftsweep.models.parts import (
 )
 from peftsweep.models.quantised.layers import is_quantised
 from peftsweep.schema import Init, ModelConfig, Task
+from peftsweep.study import store
 
 TINY = Path(__file__).parents[1] / "tiny" / "weights"
 COMMIT = "peftsweep_commit"  # the attribute of a base that holds the hub's commit of its weights
 NEW_PARTS = "peftsweep_new_parts"  # the attribute of a classifier that names the modules its checkpoint lacked
-WEIGHTS = (".safetensors", ".bin")  # suffixes of files of weights
 ROTARY = ("rope_theta", "rope_scaling", "partial_rotary_factor")  # transformers moves them into rope_parameters
 POSITIONS = ("max_position_embeddings", "n_positions", "max_seq_len")  # names of the longest sequence
 TOO_LONG = "sequence-length-is-longer-than-the-specified-maximum"  # a warning of transformers' tokenizers
@@ -163,7 +163,7 @@ def check_cached(model: ModelConfig) -> None:
         return
     with _loading(model):
         folder = Path(snapshot_download(source(model), revision=_revision(model), local_files_only=True))
-        if not any(file.suffix in WEIGHTS for file in folder.iterdir()):
+        if not any(file.suffix in store.WEIGHTS for file in folder.iterdir()):
             raise OSError("no weights")
     load_tokenizer(model)
 

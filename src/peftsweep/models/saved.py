@@ -27,13 +27,13 @@ from transformers.pytorch_utils import Conv1D
 
 from peftsweep.errors import InputError, first_line, some
 from peftsweep.models.losses import METHOD_INPUTS, READS_PADDING
-from peftsweep.models.model import WEIGHTS, WITH_ADAPTER, is_local, keep_weights_unpacked, source
+from peftsweep.models.model import WITH_ADAPTER, is_local, keep_weights_unpacked, source
 from peftsweep.models.parts import as_configured, text_config
 from peftsweep.models.quantised.layers import dequantise, is_quantised
 from peftsweep.models.shapes import at_target_rank
 from peftsweep.schema import Init, ModelConfig
 from peftsweep.study.atomic import sync_tree
-from peftsweep.study.store import RESIDUAL
+from peftsweep.study.store import RESIDUAL, WEIGHTS
 
 # PEFT reads the attribute by its old name whenever it puts an adapter on a model.
 warnings.filterwarnings("ignore", "`is_gradient_checkpointing` is deprecated", FutureWarning)

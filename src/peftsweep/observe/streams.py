@@ -9,6 +9,7 @@ import codecs
 import io
 import logging
 import os
+import select
 import sys
 import time
 import warnings
@@ -34,11 +35,16 @@ codecs.register_error("peftsweep.ascii", _in_ascii)
 
 
 class _Lasting(io.FileIO):
-    """A descriptor to write to. After an error, as after ``| head -1``, all further output is dropped."""
+    """A descriptor to write to. After an error, as after ``| head -1``, all further output is dropped.
+
+    If the descriptor does not block, as of some parent processes, a full pipe is waited for all the same.
+    """
 
     def write(self, content: Any, /) -> int:
         try:
-            return super().write(content)
+            while (written := super().write(content)) is None:
+                select.select([], [self.fileno()], [])
+            return written
         except OSError:
             nowhere = os.open(os.devnull, os.O_WRONLY)
             os.dup2(nowhere, self.fileno())

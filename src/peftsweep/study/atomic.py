@@ -6,7 +6,7 @@ import errno
 import os
 import time
 import uuid
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
@@ -34,17 +34,18 @@ def write_text(file: Path, text: str) -> None:
     persistently(write)
 
 
-def persistently(write: Callable[[], None]) -> None:
+def persistently(write: Callable[[], object], lasting: Sequence[int] = ()) -> None:
     """Call ``write``, and call it again after an error that may be temporary.
 
     Raises:
-        OSError: an error of ``TRANSIENT`` at the third try, any other at the first.
+        OSError: an error of ``TRANSIENT`` that is none of ``lasting`` at the third try, any other at the first.
     """
     for pause in (*PAUSES, None):
         try:
-            return write()
+            write()
+            return
         except OSError as error:
-            if pause is None or error.errno not in TRANSIENT:
+            if pause is None or error.errno not in TRANSIENT or error.errno in lasting:
                 raise
             time.sleep(pause)
 
@@ -63,7 +64,8 @@ def replacing(file: Path) -> Iterator[Path]:
         sync(temporary)
         os.replace(temporary, file)
     except BaseException:
-        temporary.unlink(missing_ok=True)
+        with suppress(OSError):  # the first error is the one to tell
+            temporary.unlink()
         raise
 
 

@@ -15,7 +15,7 @@ from typing import Any
 
 from filelock import FileLock
 
-from peftsweep.study import owner
+from peftsweep.study import atomic, owner
 from peftsweep.study.record import (
     RESULT,
     read_json,
@@ -127,7 +127,7 @@ def _deciding(file: Path) -> Iterator[None]:
     """Lock out other processes while this one decides who gets the trial; without locks the last writer gets it."""
     lock = FileLock(file.with_name(".lock"), timeout=LOCK)
     try:
-        lock.acquire()
+        atomic.persistently(lock.acquire, NO_LOCKS)
     except (OSError, NotImplementedError) as error:  # a timeout is an OSError too
         if getattr(error, "errno", None) not in (None, *NO_LOCKS):
             raise

@@ -48,6 +48,27 @@ def started(pid: int) -> float | None:
     return None
 
 
+def _is_hidden(pid: int) -> bool:
+    """Whether a process whose start cannot be read may run: /proc may hide those of other users (hidepid).
+
+    Nothing can be read either if this process has as many open files as it may have.
+    """
+    try:
+        Path(f"/proc/{pid}/stat").read_text(errors="replace")
+        return False  # a zombie
+    except (FileNotFoundError, ProcessLookupError):
+        pass
+    except OSError:
+        return True
+    try:
+        os.kill(pid, 0)
+    except PermissionError:
+        return True
+    except OSError:
+        pass
+    return False
+
+
 def alive(owner: Mapping[str, Any]) -> bool | None:
     """Whether the process ``owner``, as written by ``me``, still runs; None if that cannot be seen from here.
 
@@ -60,6 +81,8 @@ def alive(owner: Mapping[str, Any]) -> bool | None:
     if any(owner[key] != here[key] for key in MACHINE):
         return None
     now = started(owner["pid"])
+    if now is None and _is_hidden(owner["pid"]):
+        return None
     return now is not None and bool(now == owner["started"])
 
 
@@ -79,6 +102,8 @@ def gone(tag: str) -> bool | None:
     if machine != _machine_tag() or not pid.isdecimal():
         return None
     now = started(int(pid))
+    if now is None and _is_hidden(int(pid)):
+        return None
     return now is None or f"{now:.0f}" != begun
 
 

@@ -44,6 +44,11 @@ def reached(config: HalvingConfig, done: Result) -> bool:
     return step is not None and bool(step <= done.run_info["rung"]["step"])
 
 
+def going_on(config: HalvingConfig, trials: int, number: int) -> int:
+    """How many of ``trials`` trials that began go on from rung ``number``, counted from 1; at least one."""
+    return int(max(1, trials // config.factor**number))
+
+
 def begins(config: HalvingConfig) -> float | None:
     """The steps, or the fraction of the rows, of the first rung; None if every trial runs to its end."""
     return config.min_fraction if config.resource is Resource.rows else config.min_steps
@@ -80,7 +85,7 @@ def stages(config: HalvingConfig, trials: int, steps: int, *, in_epochs: bool = 
         found.append(Stage(left, begin, 1.0 if rows and not in_epochs else end))
         if end == 1.0:
             return found
-        begin, left = 0.0 if rows else end, max(1, trials // config.factor**number)
+        begin, left = 0.0 if rows else end, going_on(config, trials, number)
     raise AssertionError
 
 

@@ -34,6 +34,7 @@ PLAN = "plan.json"
 # Files of a study with the decisions of sweep=tune and sweep=league.
 TUNE, LEAGUE = SEARCHES = ("tune.json", "league.json")
 ADAPTER = "adapter"
+WEIGHTS = (".safetensors", ".bin")  # suffixes of files of weights
 ADAPTER_CONFIGS = ("adapter_config.json", "config.json")  # of PEFT, and of a whole model
 BASE = "base"  # in a study: a folder for each untouched base, with its scores and answers
 RESIDUAL = "base"  # in an adapter's folder: its base, if that is not the base of the trial
@@ -135,6 +136,18 @@ def result(trial: Path) -> Result | None:
         return None
 
 
+def version(trial: Path) -> tuple[int, int] | None:
+    """The version of the trial's record; None if there is no record.
+
+    Two records of a file system whose times are whole seconds may have the same time, but not the same file.
+    """
+    try:
+        stat = (trial / RESULT).stat()
+        return stat.st_mtime_ns, stat.st_ino
+    except OSError:
+        return None
+
+
 def result_of_adapter(folder: Path) -> Result | None:
     """The record of the trial that trained the adapter in ``folder``; None if no trial did.
 
@@ -202,7 +215,7 @@ def _damage(trial: Path, versions: tuple[tuple[str, int, int], ...]) -> str | No
 
 
 def _holds_weights(folder: Path) -> bool:
-    return any(file.suffix in (".safetensors", ".bin") for file in folder.glob("*"))
+    return any(file.suffix in WEIGHTS for file in folder.glob("*"))
 
 
 def damage_of_lines(predictions: Path, done: Result, evaluation: str) -> str | None:
@@ -308,7 +321,7 @@ def unwritable(error: BaseException) -> Unwritable | None:
     error = next((one for one in _raised(error) if getattr(one, "errno", None) in NO_SPACE_ERRNOS), error)
     where = Path(str(getattr(error, "filename", None) or ROOT))
     if isinstance(error, OSError):
-        ours = ROOT.resolve() in (where.resolve(), *where.resolve().parents)
+        ours = _in_a_study(where)
         reason = (
             error.strerror if error.errno in NO_SPACE_ERRNOS or (error.errno in UNWRITABLE_ERRNOS and ours) else None
         )
@@ -318,6 +331,12 @@ def unwritable(error: BaseException) -> Unwritable | None:
         if code and int(code[1]) in UNWRITABLE_ERRNOS:
             reason = os.strerror(int(code[1]))
     return Unwritable(f"{where}: {reason}; finished trials are kept, the same command continues") if reason else None
+
+
+def _in_a_study(path: Path) -> bool:
+    """Whether ``path`` lies below multirun/ by its name (a study may be a link to another disk) or without links."""
+    named, real = path.absolute(), path.resolve()
+    return ROOT.absolute() in (named, *named.parents) or ROOT.resolve() in (real, *real.parents)
 
 
 def _raised(error: BaseException) -> Iterator[BaseException]:

@@ -5,7 +5,6 @@ These seconds are the overhead of a sweep: imports, checks of all points, the st
 
 from __future__ import annotations
 
-import os
 import time
 from collections import Counter
 from collections.abc import Sequence
@@ -13,7 +12,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from peftsweep.study import record
+from peftsweep.study import owner, record
 from peftsweep.study.reading import usable
 from peftsweep.study.record import Result
 
@@ -41,7 +40,7 @@ class SweepRecord:
 
     def __init__(self, study: Path, words: Sequence[str], workers: int | None) -> None:
         self._began = _began.pop() if _began else time.perf_counter()
-        self._file = study / FOLDER / f"{time.strftime('%Y%m%d-%H%M%S')}-{os.getpid()}.json"
+        self._file = study / FOLDER / f"{time.strftime('%Y%m%d-%H%M%S')}-{owner.tag()}.json"
         self._facts = {
             "command": list(words),
             "created_at": record.now(),

@@ -12,7 +12,7 @@ import threading
 import time
 from collections import Counter, deque
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from peftsweep.config.compose import Trial
@@ -124,7 +124,7 @@ class _Watch:
         self._running = {one.identity: one for one in trials}
         # Absolute, because a launcher that runs jobs in this process may change the working directory.
         self._folders = {one.identity: done.folder(one).absolute() for one in trials}
-        self._before = {identity: _written(folder) for identity, folder in self._folders.items()}
+        self._before = {identity: store.version(folder) for identity, folder in self._folders.items()}
         self._views: dict[str, TrialView] = {}
         self._seen: dict[str, int] = {}  # size of steps.jsonl in bytes when it was last read, by identity
 
@@ -137,7 +137,8 @@ class _Watch:
         def poll() -> None:
             waiting = True
             while not over.wait(POLL_SECONDS):
-                self._look()
+                with suppress(OSError, InputError):  # if it stays, the last look raises it
+                    self._look()
                 if waiting and not self._named and time.monotonic() - begun > WAITING_NOTICE_SECONDS:
                     waiting = False
                     self._display.say(
@@ -164,7 +165,7 @@ class _Watch:
     def _look(self, *, last: bool = False) -> None:
         for identity, trial in list(self._running.items()):
             place = self._folders[identity]
-            if _written(place) not in (None, self._before[identity]):
+            if store.version(place) not in (None, self._before[identity]):
                 result = store.result(place)
                 # An interrupted trial writes a record too, but its launcher may have put it into the queue again.
                 if result and (last or result.status is not Status.cancelled):
@@ -175,14 +176,15 @@ class _Watch:
 
     def _show(self, trial: Trial, steps: Path) -> None:
         view = self._view(trial)
-        size = steps.stat().st_size if steps.exists() else 0
-        if size != self._seen.setdefault(trial.identity, size):
-            self._seen[trial.identity] = size
-            with steps.open("rb") as lines:
-                lines.seek(max(0, size - LAST_LINE))
-                whole = [line for line in lines.read().splitlines(keepends=True) if line.endswith(b"\n")]
-            if whole:
-                view.step(json.loads(whole[-1]))
+        with suppress(OSError, ValueError):  # another machine may write or delete it at this moment
+            size = steps.stat().st_size if steps.exists() else 0
+            if size != self._seen.setdefault(trial.identity, size):
+                self._seen[trial.identity] = size
+                with steps.open("rb") as lines:
+                    lines.seek(max(0, size - LAST_LINE))
+                    whole = [line for line in lines.read().splitlines(keepends=True) if line.endswith(b"\n")]
+                if whole:
+                    view.step(json.loads(whole[-1]))
 
     def _view(self, trial: Trial) -> TrialView:
         if trial.identity not in self._views:
@@ -195,11 +197,3 @@ class _Watch:
         self._view(trial).end(result, named=self._named != trial.identity)
         self._named = trial.identity
         return result
-
-
-def _written(folder: Path) -> int | None:
-    """The time at which the record in ``folder`` was written, in nanoseconds; None if there is no record."""
-    try:
-        return (folder / record.RESULT).stat().st_mtime_ns
-    except OSError:
-        return None

@@ -69,7 +69,7 @@ def run(launch: Launch, points: Sequence[Point], config: HalvingConfig, *, quiet
         entered = entered or len(by_identity) + failed
         if not any(result.status is Status.stopped for result in by_identity.values()):
             break  # no trial stopped at this rung: all have ended
-        best = ranked(by_identity, dataclasses.replace(config, rung=rung))[: max(1, entered // config.factor**rung)]
+        best = ranked(by_identity, dataclasses.replace(config, rung=rung))[: rungs.going_on(config, entered, rung)]
         remaining = [
             point
             for point, result in zip(remaining, results, strict=True)

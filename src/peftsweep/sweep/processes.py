@@ -14,6 +14,7 @@ This module imports nothing large at its top, because a worker imports it before
 from __future__ import annotations
 
 import ctypes
+import errno
 import faulthandler
 import importlib
 import multiprocessing
@@ -24,9 +25,10 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Iterable, Sequence
+import weakref
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from multiprocessing import connection, util
 from multiprocessing.process import BaseProcess
@@ -44,6 +46,7 @@ CPU = ""  # the place of a worker that sees no GPU
 Place = str | None  # a worker's CUDA_VISIBLE_DEVICES; None: as in this process
 POLL_SECONDS: float | None = 0.2  # seconds between two checks of a worker, where the system does not report its end
 SOCKETS, LOG = "pymp-", "peftsweep-worker-"  # prefixes of temporary files, followed by the tag of their process
+REFUSED = (errno.EAGAIN, errno.ENOMEM, errno.EMFILE, errno.ENFILE)  # too many processes, or open files
 READY, CUDA_LOST = "ready", "forked from a process that has initialised CUDA"
 EXIT_SECONDS = 5.0  # seconds until a worker that should end is killed, and that its guard has to kill its children
 # Options of Linux's prctl: send this process a signal when its parent ends; write a core dump when this process is
@@ -96,7 +99,7 @@ def hide_gpus() -> None:
 # ---- the parent's side -----------------------------------------------------------------------------
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Child:
     """A worker process with the id ``pid``, and its guard ``process``, which ends with the worker's exit code.
 
@@ -109,6 +112,15 @@ class Child:
     leash: connection.Connection[Any, Any]
     connection: connection.Connection[Any, Any]
     output: int
+
+    def takes(self, message: Any) -> bool:
+        """Send the worker a message; False if it has ended, which its guard may not have noticed yet."""
+        os.ftruncate(self.output, 0)
+        with suppress(ConnectionError):
+            if owner.started(self.pid) is not None and self.process.is_alive():
+                self.connection.send(message)
+                return True
+        return False
 
     def interrupt(self) -> None:
         """Interrupt the running trial."""
@@ -135,7 +147,18 @@ class Child:
 
 
 _method = "forkserver"  # a start method of multiprocessing
+_children: weakref.WeakSet[Child] = weakref.WeakSet()  # all that were started
 _ahead: list[tuple[Place, Future[Child]]] = []  # workers that were started before there was work for them
+
+
+def _let_all_go() -> None:
+    """Close all leashes. At its exit, a process joins its workers, and their guards ignore its SIGTERM."""
+    for child in _children:
+        child.leash.close()
+
+
+# It runs before a process joins its workers, also after an interrupt in the middle of their orderly end.
+util.Finalize(None, _let_all_go, exitpriority=100)
 
 
 def begin_to_import() -> None:
@@ -152,7 +175,8 @@ def begin_to_import() -> None:
     resource_tracker.ensure_running()  # first, because its start unblocks SIGINT
     signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})  # Ctrl-C in a terminal reaches the fork server too
     try:
-        forkserver.ensure_running()
+        with _refusals_in_one_line():
+            forkserver.ensure_running()
     finally:
         signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
         for number, handler in before.items():
@@ -189,7 +213,7 @@ def start_ahead(chosen: Sequence[Place]) -> None:
 def end_ahead() -> None:
     """End the workers that were started ahead and not needed."""
     while _ahead:
-        with suppress(OSError):  # one that could not be started
+        with suppress(OSError, InputError):  # one that could not be started
             _ahead.pop()[1].result().end()
 
 
@@ -203,9 +227,57 @@ def start(place: Place, threads: int | None) -> Child:
     return _start(place, threads)
 
 
+def must_take(child: Child, message: Any) -> None:
+    """Send a message to a worker that has just started.
+
+    Raises:
+        InputError: it has ended already.
+    """
+    if not child.takes(message):
+        raise _no_worker("it ended before it was given a trial")
+
+
+def _no_worker(reason: str) -> InputError:
+    """The error of a worker that the system does not let this command start, or ends at once."""
+    return InputError(
+        f"hydra.launcher.workers: a worker process cannot be started ({reason}); ulimit -u and -n limit "
+        "processes and open files, hydra.launcher.workers=0 needs none; the same command continues"
+    )
+
+
+@contextmanager
+def _refusals_in_one_line() -> Iterator[None]:
+    """An error in the block that says that the system starts no further process is raised as ``InputError``."""
+    try:
+        yield
+    except EOFError as error:
+        raise _no_worker("the process that it is forked from has ended") from error
+    except OSError as error:
+        if error.errno not in REFUSED:
+            raise
+        raise _no_worker(str(error.strerror)) from error
+
+
 def _start(place: Place, threads: int | None) -> Child:
     global _method
-    context: Any = multiprocessing.get_context(_method)
+    try:
+        with _refusals_in_one_line():
+            child, state = _started(place, threads, _method)
+    except (FileNotFoundError, ConnectionError):  # the socket of the fork server was deleted from /tmp, as by a cleaner
+        if _method == "spawn":
+            raise
+        _method = "spawn"
+        return _start(place, threads)
+    if state == READY:
+        return child
+    child.end()
+    _method = "spawn"
+    return _start(place, threads)
+
+
+def _started(place: Place, threads: int | None, method: str) -> tuple[Child, str]:
+    """A worker that was started by ``method``, and the state that it has reported."""
+    context: Any = multiprocessing.get_context(method)
     output, path = tempfile.mkstemp(prefix=f"{LOG}{owner.tag()}-", suffix=".log")
     try:
         own_end, worker_end = context.Pipe()
@@ -220,11 +292,8 @@ def _start(place: Place, threads: int | None) -> Child:
     finally:
         Path(path).unlink(missing_ok=True)  # both processes have it open, so that no file is left however they end
     child = Child(process, pid, leash, own_end, output)
-    if state == READY:
-        return child
-    child.end()
-    _method = "spawn"
-    return _start(place, threads)
+    _children.add(child)
+    return child, state
 
 
 # ---- the worker's side -----------------------------------------------------------------------------

@@ -198,12 +198,12 @@ class _Worker:
         return self._child.connection
 
     def give(self, job: Job, views: list[TrialView], options: Options) -> None:
-        if self._spent or not self.process.is_alive():
+        message, self.before = ([configuration.without_rows(one) for one in job], options), done.Before(job)
+        if self._spent or not self._child.takes(message):
             self.replace()
-        self.job, self.views, self.stage = job, views, "setup"
+            processes.must_take(self._child, message)
+        self.job, self.views, self.stage, self._spent = job, views, "setup", False
         self.since, self._oom_kills = time.monotonic(), processes.oom_kills()
-        os.ftruncate(self._child.output, 0)
-        self.connection.send(([configuration.without_rows(one) for one in job], options))
 
     def take(self) -> Job:
         """The job that the worker ran; the worker is free again."""
@@ -248,7 +248,7 @@ class _Worker:
 
     def replace(self) -> None:
         self._child.end()
-        self._child, self._spent = processes.start(self._place, self._threads), False
+        self._child = processes.start(self._place, self._threads)
 
     def let_go(self) -> None:
         self._child.let_go()
@@ -305,7 +305,7 @@ def _in_pool(
                     continue
                 members = list(zip(worker.take(), worker.views, strict=True))
                 for one, view in members:
-                    if (found := store.result(done.folder(one))) is None:  # it had not begun when the job was stopped
+                    if (found := worker.before.record(one, new=outcome != "done")) is None:  # it had not begun
                         retract(view)
                         later.append((now, [one]))
                         continue
@@ -322,7 +322,7 @@ def _in_pool(
             elif outcome == "died" and tries[one.identity] <= options.retries:
                 postpone(worker, 0.0)
             else:
-                result = None if outcome == "timeout" else store.result(done.folder(one))
+                result = None if outcome == "timeout" else worker.before.record(one, new=outcome != "done")
                 try:
                     result = result or _record(worker, one, outcome, message, options)
                 except claims.Claimed as claimed:  # another sweep took the trial when this sweep's worker had died

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
 from pathlib import Path
 
 from omegaconf import OmegaConf
@@ -109,6 +110,18 @@ def resumes_full(trial: Trial) -> bool:
     """Whether the trial was stopped at a rung of a halving, and this command has no halving."""
     held = store.result(folder(trial)) if rungs.begins(trial.config.halving) is None else None
     return held is not None and held.status is Status.stopped
+
+
+class Before:
+    """The records of trials before a process runs them, to tell which records it has written."""
+
+    def __init__(self, trials: Sequence[Trial]) -> None:
+        self._versions = {one.identity: store.version(folder(one)) for one in trials}
+
+    def record(self, trial: Trial, *, new: bool) -> Result | None:
+        """The trial's record; with ``new`` None if it was there before, such as that of an earlier attempt."""
+        place = folder(trial)
+        return None if new and store.version(place) == self._versions[trial.identity] else store.result(place)
 
 
 def done_before(trial: Trial) -> Result | None:

@@ -14,6 +14,7 @@ from typing import Any
 from peftsweep.config.identity import CONVERSATIONS, model_identity
 from peftsweep.data import chat, fingerprint
 from peftsweep.errors import InputError
+from peftsweep.models.compatibility import PREFIX_METHODS
 from peftsweep.schema import Dtype, Init, ModelConfig, Task
 from peftsweep.study.record import Result
 from peftsweep.trial import affected_rows
@@ -32,7 +33,6 @@ GENERATION_SETTINGS: Mapping[str, Any] = BEAM_SETTINGS | {
 }
 # Types of encoders that take padding for text: by convolutions, Fourier transforms, landmarks, pooling, the last place.
 READING_PADDING = ("canine", "convbert", "fnet", "funnel", "nystromformer", "perceiver", "xlnet", "yoso")
-PREFIXES = ("PrefixTuningConfig", "CartridgeConfig")
 EXPERT_COUNTS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
 
 
@@ -173,7 +173,7 @@ def _writes_behind_virtual_tokens(config: Values, _: Values) -> bool:
     if not any("max_new_tokens" in node for node in _section(config, "eval").values()):
         return False
     # Prefixes need no positions of their own.
-    return _is_prompt_learning(method) and not str(method["_target_"]).endswith(PREFIXES)
+    return _is_prompt_learning(method) and not str(method["_target_"]).endswith((*PREFIX_METHODS,))
 
 
 def _decays_with_lora_plus(config: Values, _: Values) -> bool:
