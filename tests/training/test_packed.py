@@ -605,7 +605,7 @@ def test_slots_go_on_from_checkpoints_together_or_alone(
         assert not any("seconds" in line for line in cut.lines[2])  # which would be the pack's too
 
 
-# One slot goes on alone in the fast tier, as what is written is then read where no row is.
+# In the fast tier the checkpoint is written by a pack and read by a trial alone, which has no row of weights.
 @pytest.mark.parametrize("parts", ["pa", pytest.param("ap", marks=pytest.mark.slow)])
 @pytest.mark.parametrize("optimizer", ["AdamW", pytest.param("Adagrad", marks=pytest.mark.slow)])
 def test_slots_whose_weights_lie_in_one_row_keep_the_checkpoints_of_trials_alone(
