@@ -53,7 +53,7 @@ check: install  ## lint, format and types
 # The studies of gallery/, and what makes a part of each. MODELS and DATA name folders where no hub is reached, PEFT a checkout of it.
 STUDIES = ranks methods chat encoder import
 quick_ranks = seed=0 method.r=2,32 quant=none train.steps=30 eval.arc_easy.samples=30 eval.perplexity.samples=30
-quick_methods = method=lora,full train.learning_rate_scale=10 halving.min_steps=null train.steps=10 eval.openbookqa.samples=20 eval.perplexity.samples=20
+quick_methods = method=lora,full train.learning_rate_scale=10 halving.min_steps=null train.steps=10 eval.arc_easy.samples=20 eval.perplexity.samples=20
 quick_chat = dataset.turns=all train.learning_rate=1e-3 train.steps=20 eval.calls.samples=16 eval.answers.samples=16
 quick_encoder = seed=0 eval.sst2.samples=200
 

@@ -470,19 +470,19 @@ def test_a_spent_worker_is_replaced_before_it_is_given_a_trial(monkeypatch: pyte
     def started_child(*_: Any) -> Any:
         own, other = connection.Pipe()
         process = SimpleNamespace(is_alive=lambda: True)
-        started.append(SimpleNamespace(process=process, connection=own, other=other, output=output, end=lambda: None))
+        child = SimpleNamespace(process=process, connection=own, other=other, end=lambda: None)
+        child.takes = lambda message: own.send(message) is None
+        started.append(child)
         return started[-1]
 
-    with open("output", "w") as file:
-        output = file.fileno()
-        monkeypatch.setattr(processes, "start", started_child)
-        worker = workers._Worker("0", None)
-        for kind, number in (("end", 1), ("last", 1), ("end", 2)):  # and how many processes have been started then
-            worker.give([], [], workers.Options())
-            assert len(started) == number
-            assert started[-1].other.recv()[0] == []  # the job is with the newest
-            started[-1].other.send((kind, "done", ""))
-            assert worker.news() == ("done", "")
+    monkeypatch.setattr(processes, "start", started_child)
+    worker = workers._Worker("0", None)
+    for kind, number in (("end", 1), ("last", 1), ("end", 2)):  # and how many processes have been started then
+        worker.give([], [], workers.Options())
+        assert len(started) == number
+        assert started[-1].other.recv()[0] == []  # the job is with the newest
+        started[-1].other.send((kind, "done", ""))
+        assert worker.news() == ("done", "")
 
 
 def test_a_limit_of_trials_and_of_time(command: Command) -> None:
@@ -579,7 +579,7 @@ class _DeafWorker:
         self.given: list[list[str]] = []
 
     def give(self, job: list[Trial], views: list[TrialView], options: workers.Options) -> None:
-        self.job, self.views = job, views
+        self.job, self.views, self.before = job, views, trial_done.Before(job)
         self.given.append([one.label for one in job])
         result = outcome.begin(job[0], trial_done.folder(job[0]))
         error = {"type": "Refused", "message": "no", "stage": "setup", "traceback": ""}
