@@ -470,9 +470,12 @@ def test_a_spent_worker_is_replaced_before_it_is_given_a_trial(monkeypatch: pyte
     def started_child(*_: Any) -> Any:
         own, other = connection.Pipe()
         process = SimpleNamespace(is_alive=lambda: True)
-        child = SimpleNamespace(process=process, connection=own, other=other, end=lambda: None)
-        child.takes = lambda message: own.send(message) is None
-        started.append(child)
+
+        def takes(message: Any) -> bool:
+            own.send(message)
+            return True
+
+        started.append(SimpleNamespace(process=process, connection=own, other=other, takes=takes, end=lambda: None))
         return started[-1]
 
     monkeypatch.setattr(processes, "start", started_child)
