@@ -172,7 +172,8 @@ def check_same(packed: list[Found], single: list[Found], same: float = SAME) -> 
     for one, other in zip(packed, single, strict=True):
         assert worst_loss_a_step(one, other) <= same
         if len(one.losses) <= 20:  # after more steps the weights themselves may be far apart
-            assert apart(one.weights, other.weights) <= max(SAME_WEIGHTS, same * len(one.losses))
+            # AdamW divides a gradient by its size, so that the rounding of a small one moves weights as far as others.
+            assert apart(one.weights, other.weights) <= max(SAME_WEIGHTS, 2 * same * len(one.losses))
         assert other.score.stderr is not None
         assert abs(one.score.value - other.score.value) <= other.score.stderr
 
