@@ -73,6 +73,8 @@ def test_every_method_that_went_on_answers_more_questions_than_the_base_and_the_
     assert len(ended) == 7
     assert (ended[right] - ended[base] > 2 * ended["eval_info.arc_easy.acc_norm.stderr"]).all()
     assert publish.advice(GALLERY / "methods").startswith("Use lora")
+    size = ended.groupby("choices.method")["train_info.adapter_bytes"].first()
+    assert size["lora"] * 50 < size["full"]
 
 
 def test_conclusion_a_classifier_learns_its_task_with_each_method() -> None:

@@ -139,15 +139,15 @@ def writes_beside_turns(template: ChatTemplate) -> bool:
 def opens_after_calls(template: ChatTemplate) -> bool:
     """Whether an answer after a call is opened by the template beyond its generation prompt, as with gpt-oss.
 
-    It is asked of a template that writes the call differently once the answer is there, as without its reasoning.
+    True only of a template that writes the call differently once the answer is there, as without its reasoning.
     """
     call = {"id": "probecall", "type": "function", "function": {"name": "probe", "arguments": {}}}
     answer = "\ue002"  # another private character than those of the probe
     user: Message = {"role": "user", "content": "a"}
     calling: Message = {"role": "assistant", "content": "", "tool_calls": [call]} | dict.fromkeys(REASONING, "c")
     result: Message = {"role": "tool", "tool_call_id": "probecall", "name": "probe", "content": "d"}
-    said: Message = {"role": "assistant", "content": answer}
-    conversation = template.readable(Conversation([user, calling, result, said, user, said]))
+    answered: Message = {"role": "assistant", "content": answer}
+    conversation = template.readable(Conversation([user, calling, result, answered, user, answered]))
     before = conversation._replace(messages=conversation.messages[:3])
     prompted, text = places.text_of(template, before, begun=True), places.text_of(template, conversation)
     if prompted is None or text is None or text.startswith(prompted):

@@ -212,9 +212,10 @@ def tokenize_pairs(
         length = len(begun)
         if len(whole) <= length:
             continuation = "".join(pair)[len(context) :]
-            whole = begun + tokenizer([continuation], add_special_tokens=False).input_ids[0]
-        if len(whole) == length:
-            raise InputError(f"the answer {continuation!r} has no tokens, so it has no likelihood; must be a text")
+            following_ids = tokenizer([continuation], add_special_tokens=False).input_ids[0]
+            if not following_ids:
+                raise InputError(f"the answer {continuation!r} has no tokens, so it has no likelihood; must be a text")
+            whole = begun + following_ids
         before = marks or ([] if length else [_first(tokenizer)])
         ids, start = [*before, *whole], len(before) + length
         kept = _kept(ids, marks, tokenizer.bos_token_id)

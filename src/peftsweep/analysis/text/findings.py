@@ -34,12 +34,12 @@ def certainty(task: Task) -> Iterator[str]:
     values = task.compare(task.scores[0])["value"] if task.scores else pd.Series(dtype=float)
     if len(values) >= MANY and values.nunique() > 1:
         yield f"The best of {len(values):,} figures is partly luck: on other test rows expect a worse one."
-    said = ""
+    last_lost = ""
     for score in task.scores:
         by = f"{columns.score_name(score)}: " if len(task.scores) > 1 else ""
         yield _best(task, score)
-        if (lost := _lost_seeds(task, score)) and lost != said:
-            said = lost
+        if (lost := _lost_seeds(task, score)) and lost != last_lost:
+            last_lost = lost
             yield by + lost
         if score == task.scores[0] and (alone := _one_seed_alone(task, score)):
             yield by + alone

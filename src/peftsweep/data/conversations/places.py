@@ -89,7 +89,7 @@ def beginning(template: ChatTemplate, conversation: Conversation, text: str, num
 
 
 def appended(template: ChatTemplate, conversation: Conversation) -> str:
-    """What the template writes after the last turn of every conversation without being asked to; mostly nothing.
+    """What the template writes after the last turn of every conversation without a generation prompt; mostly nothing.
 
     It is the beginning of a next turn (Command-R7B) or an instruction (Command-R+), and no part of the last turn.
     """
@@ -105,17 +105,19 @@ def _appended(template: ChatTemplate, tools: list[Any] | None) -> str:
         text = text_of(template, template.readable(Conversation(messages, tools)), begun=begun)
         return None if text is None else text.rpartition(PROBE)[2]
 
-    asks, asked = (after_probe(("user", PROBE), begun=begun) for begun in (False, True))
+    question, prompted = (after_probe(("user", PROBE), begun=begun) for begun in (False, True))
     ended = after_probe(("user", "a"), ("assistant", PROBE))
     within = after_probe(("user", "a"), ("assistant", PROBE), ("user", "b"))
-    if asks is None or asked is None or ended is None or within is None:
+    if question is None or prompted is None or ended is None or within is None:
         return ""
     shared, end = _shared(ended, within), str(template.tokenizer.eos_token or PROBE)
     own, only_last = ended[:shared], ended[shared:]
     # The turn has ended already. A further mark that ends a text stands after a question too, but not before an answer.
-    if end not in own or only_last.strip() in ("", end) or not asked.startswith(asks) or not asks.endswith(only_last):
+    if end not in own or only_last.strip() in ("", end):
         return ""
-    common = _shared(ended[::-1], asks[::-1])
+    if not prompted.startswith(question) or not question.endswith(only_last):
+        return ""
+    common = _shared(ended[::-1], question[::-1])
     return ended[len(ended) - common :].removeprefix(end)  # questions and answers end with the same mark
 
 
@@ -128,14 +130,14 @@ def _begin(template: ChatTemplate, conversation: Conversation, text: str, number
     before = conversation._replace(messages=conversation.messages[:number])
     plain = _replaced(conversation, number, _as_plain_text(conversation.messages[number]))
     start, found, _ = (text_of(template, plain) or "").partition(PROBE)
-    if found and text.startswith(start):
-        if (prompt_end := _prompt_end(template, conversation, text, number)) is not None and prompt_end <= len(start):
-            return prompt_end
-        if number:
-            template.warn_once(ANOTHER_PROMPT)
-        return len(start)
+    as_plain = bool(found) and text.startswith(start)
+    prompt_end = _prompt_end(template, conversation, text, number) if as_plain else None
+    if prompt_end is not None and prompt_end <= len(start):
+        return prompt_end
     if number:
         template.warn_once(ANOTHER_PROMPT)
+    if as_plain:
+        return len(start)
     prompted, closed = text_of(template, before, begun=True) or "", text_of(template, before)
     if closed is not None and prompted.startswith(closed) and found:  # the template rewrites the turns before it
         header = prompted[len(closed) :]
@@ -160,10 +162,10 @@ def _prompt_end(template: ChatTemplate, conversation: Conversation, text: str, n
     before = conversation._replace(messages=conversation.messages[:number])
     try:
         _, place = _content_place(template, conversation, text, number - 1)
-        _, asked = _probed(template, before, number - 1, begun=True)
+        _, header = _probed(template, before, number - 1, begun=True)
     except Exception:  # a template may refuse the probe
         return None
-    return place + len(asked) if asked.strip() and text.startswith(asked, place) else None
+    return place + len(header) if header.strip() and text.startswith(header, place) else None
 
 
 def _as_plain_text(message: Message) -> Message:
