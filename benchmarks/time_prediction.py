@@ -3,11 +3,13 @@
     python benchmarks/time_prediction.py                      # small models, on this machine
     python benchmarks/time_prediction.py --scale large        # the same configurations on 1B, for a GPU
 
-Prints a line a configuration as it goes. On a shared CPU ``--cpu-seconds`` takes the clock of the process in place of
-the wall's, for predictions and for steps, with one thread: what others do then disturbs less. Each configuration is
-measured twice; the second time is also predicted from the first, as a record of the same shape would predict it. What
-the two differ by is the noise of the machine: `the_same_by_chance` is what they would differ by if each step only had
-the spread that it has, and no record predicts better than that.
+Prints a line a configuration as it goes. A training takes at least ``--seconds``: the speed of a shared machine varies
+from second to second, and a trial that people wait for takes longer than one such change. On a shared CPU
+``--cpu-seconds`` takes the clock of the process in place of the wall's, for predictions and for steps, with one thread:
+what others do then disturbs less. Each configuration is measured twice; the second time is also predicted from the
+first, as a record of the same shape would predict it. What the two differ by is the noise of the machine:
+`the_same_by_chance` is what they would differ by if each step only had the spread that it has, and no record predicts
+better than that.
 A shared machine's speed changes between a prediction and the run: reference products are timed beside both, and the
 prediction is that of the machine as it was while it ran; ``error_as_foreseen`` is that of the prediction as it was.
 """
@@ -43,7 +45,7 @@ from peftsweep.observe import measure
 from peftsweep.study import record
 from peftsweep.training import loop
 
-STEPS = 11  # of which the first three are left out
+STEPS = 11  # the fewest; the first three are left out
 MEDIAN_OF_NORMAL = 0.6745  # half of a normal distribution is nearer to its mean than so many standard deviations
 TINY = "model=tiny"
 LLAMA = "model=llama3.2_1b model.init=random"
@@ -102,12 +104,12 @@ POINTS: list[tuple[str, str, int, int]] = [
 ]
 
 
-def compose(point: tuple[str, str, int, int], scale: str) -> Trial:
+def compose(point: tuple[str, str, int, int], scale: str, steps: int) -> Trial:
     """The trial of a point of the list; at the large scale with the preset's own sizes, eight times the tokens."""
     base, words, rows, _ = point
     if scale == "large":
         base = " ".join(word for word in base.split() if "architecture" not in word)
-    overrides = [*base.split(), *words.split(), f"train.batch_size={rows}", f"train.steps={STEPS}", "quiet=true"]
+    overrides = [*base.split(), *words.split(), f"train.batch_size={rows}", f"train.steps={steps}", "quiet=true"]
     overrides += [] if "model.dtype" in words or scale == "large" else ["model.dtype=float32"]
     cfg = cli.compose(overrides)
     return make_trial(cfg, cfg.hydra.runtime.choices, overrides)
@@ -116,7 +118,7 @@ def compose(point: tuple[str, str, int, int], scale: str) -> Trial:
 def rows(trial: Trial, length: int) -> list[Tokens]:
     """Rows of the same lengths for each step, from a half of ``length`` on, answers a third of each."""
     classes, config = len(trial.config.dataset.classes), trial.config.train
-    count = STEPS * config.batch_size * config.accumulation
+    count = config.steps * config.batch_size * config.accumulation
     lengths = [length // 2 + (n * length // 2) // max(count - 1, 1) for n in range(count)]
     made = [([3 + (n * own) % 400 for n in range(own)], own) for own in lengths]
     return [Tokens(ids, own, 0) if classes else Tokens(ids, own - own // 3) for ids, own in made]
@@ -154,15 +156,20 @@ def busy(device: speed.Device) -> float:
 
 
 def compare(
-    point: tuple[str, str, int, int], scale: str, device: speed.Device, clock: Callable[[], float]
+    point: tuple[str, str, int, int], scale: str, device: speed.Device, clock: Callable[[], float], least: float
 ) -> dict[str, Any]:
-    """One line of the result."""
-    trial = compose(point, scale)
-    tokens = rows(trial, point[3] * (8 if scale == "large" else 1))
+    """One line of the result; a run trains for at least ``least`` seconds by the prediction."""
+    length = point[3] * (8 if scale == "large" else 1)
+    trial = compose(point, scale, STEPS)
+    tokens = rows(trial, length)
     begun, cpu = time.perf_counter(), time.process_time()
     device.take_kept()
     found = duration.estimate(trial, device, None, tokens, judged=False)
     took, used = time.perf_counter() - begun, time.process_time() - cpu
+    if (short := found.spans.get("train")) and short.seconds < least:
+        trial = compose(point, scale, math.ceil(STEPS * least / short.seconds))
+        tokens = rows(trial, length)
+        found = duration.estimate(trial, device, None, tokens, judged=False)
     span, then, seen = found.spans.get("train"), device.busy, list[float]()
 
     def run() -> list[float]:
@@ -238,6 +245,7 @@ def main() -> None:
     parser.add_argument("--scale", choices=["small", "large"], default="small")
     parser.add_argument("--device", default="auto")
     parser.add_argument("--cpu-seconds", action="store_true", help="the process's clock and one thread")
+    parser.add_argument("--seconds", type=float, default=8.0, help="the shortest training by its prediction")
     parser.add_argument("--only", default="", help="points that contain this")
     parser.add_argument("--out", type=Path)
     options = parser.parse_args()
@@ -254,7 +262,7 @@ def main() -> None:
         for point in POINTS:
             if options.only not in " ".join(point[:2]):
                 continue
-            lines.append(line := compare(point, options.scale, device, clock))
+            lines.append(line := compare(point, options.scale, device, clock, options.seconds))
             if line["predicted"] is None:
                 print(f"{line['point']:75s} not predicted: {line['why']}", flush=True)
                 continue

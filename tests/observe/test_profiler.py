@@ -320,8 +320,8 @@ def test_products_without_a_formula_are_named() -> None:
 
 
 def test_the_ceiling_is_the_best_of_the_sizes_by_the_median_lap() -> None:
-    # Two readings a lap: at size 2 laps of 1, 1, 9 seconds, at size 4 of 4, 16, 4.
-    laps = iter([1.0, 1.0, 9.0, 4.0, 16.0, 4.0])
+    # Two readings a lap: one lap a layout, then at size 2 laps of 1, 1, 9 seconds, at size 4 of 4, 16, 4.
+    laps = iter([2.0, 3.0, 3.0, 1.0, 1.0, 9.0, 5.0, 6.0, 7.0, 4.0, 16.0, 4.0])
     now, running = 0.0, False
 
     def clock() -> float:
@@ -332,6 +332,19 @@ def test_the_ceiling_is_the_best_of_the_sizes_by_the_median_lap() -> None:
 
     ceiling = observe_flops.matmul_ceiling(CPU, torch.float32, [4, 2], repeats=3, clock=clock)
     assert ceiling == max(2 * 2**3 / 1.0, 2 * 4**3 / 4.0)
+
+
+def test_the_ceiling_is_that_of_the_fastest_layout(monkeypatch: pytest.MonkeyPatch) -> None:
+    now, multiply = 0.0, torch.mm
+
+    def mm(left: torch.Tensor, right: torch.Tensor, *, out: torch.Tensor) -> torch.Tensor:
+        nonlocal now
+        now += {(True, True): 30.0, (True, False): 4.0, (False, True): 2.0}[left.is_contiguous(), right.is_contiguous()]
+        return multiply(left, right, out=out)
+
+    monkeypatch.setattr(torch, "mm", mm)
+    ceiling = observe_flops.matmul_ceiling(CPU, torch.float32, [4], repeats=3, clock=lambda: now, longest=3.0)
+    assert ceiling == 2 * 4**3 / 2.0
 
 
 def test_sizes_above_one_that_takes_too_long_are_left_out() -> None:

@@ -218,7 +218,8 @@ def _timed(
 ) -> Estimate:
     model = identity.content_hash([forecast.model_key(trial)])
     begun = time.perf_counter()
-    may_take = max(0.0, min(NEXT_SECONDS, MOST_SECONDS - _SPENT[0])) if model in _MODELS else FIRST_SECONDS
+    first = model not in _MODELS
+    may_take = FIRST_SECONDS if first else max(0.0, min(NEXT_SECONDS, MOST_SECONDS - _SPENT[0]))
     until = begun + may_take if probe else 0.0
     _MODELS.add(model)
     spans: dict[str, Span | None] = dict.fromkeys(KINDS)
@@ -262,7 +263,7 @@ def _timed(
         spans["evaluate"], baseline = _evaluating(device, traced, work_by_name, until, corrected, captured=captured)
         estimate = replace(estimate, baseline=baseline)
     if probe:
-        _SPENT[0] += time.perf_counter() - begun
+        _SPENT[0] += 0.0 if first else time.perf_counter() - begun
         device.write()
     return replace(estimate, spans=spans, uncorrected=raw, unknown=unknown, decided_by=decided)
 

@@ -46,6 +46,11 @@ class TensorSpec(NamedTuple):
             numbers *= size if stride else 1
         return numbers * self.dtype.itemsize
 
+    @property
+    def dense(self) -> bool:
+        """Whether its elements lie in the memory in the order of its dimensions, without gaps."""
+        return self.stride == _contiguous(self.shape)
+
 
 @dataclass(frozen=True)
 class SameDevice:
@@ -74,9 +79,14 @@ class Operation:
         return tuple(spec.dtype for spec in specs((self.arguments, self.keywords)))
 
     @property
-    def kind(self) -> tuple[str, tuple[torch.dtype, ...]]:
-        """Equal for operations that differ only in their sizes."""
-        return self.operator.name(), self.dtypes
+    def kinds(self) -> tuple[tuple[Any, ...], tuple[Any, ...]]:
+        """Two keys, equal for operations that differ only in their sizes; in their sizes and in the tensors' layouts.
+
+        The kernels of a product depend on which factor is transposed: on a CPU without instructions for bfloat16 one
+        layout takes ten times as long as another.
+        """
+        dense = tuple(spec.dense for spec in specs((self.arguments, self.keywords)))
+        return (self.operator.name(), self.dtypes, dense), (self.operator.name(), self.dtypes)
 
     @property
     def changes_nothing(self) -> bool:
@@ -91,9 +101,8 @@ class Operation:
 
 def _as_text(value: Any) -> str:
     if isinstance(value, TensorSpec):
-        dense = value.stride == _contiguous(value.shape)
         return f"{str(value.dtype).removeprefix('torch.')}{list(value.shape)}" + (
-            "" if dense else f"@{list(value.stride)}"
+            "" if value.dense else f"@{list(value.stride)}"
         )
     if isinstance(value, tuple):
         return f"({','.join(map(_as_text, value))})"

@@ -3,7 +3,8 @@
 The roofline of an operation is its shortest possible time: its FLOPs at the highest rate of its dtype, its bytes at the
 memory's bandwidth, or the launch of a kernel. How near a kernel comes to its roofline depends on its sizes. So each
 operation of a step is also timed alone, on tensors of its shapes and strides, once for all trials. An operation that
-was not timed is assumed to exceed its roofline by the same factor as the nearest timed operation of its kind.
+was not timed is assumed to exceed its roofline by the same factor as the nearest timed operation of its kind and
+layout.
 """
 
 from __future__ import annotations
@@ -39,7 +40,7 @@ from peftsweep.study.atomic import write_text
 
 log = logging.getLogger(__name__)
 
-VERSION = 3  # of what is measured and how it is kept
+VERSION = 4  # of what is measured and how it is kept
 # A "lap" is one reference product of two LAP x LAP matrices; its seconds show when the device has another speed.
 LAP = 512
 LAP_SECONDS = 0.15  # laps are repeated for this time
@@ -51,6 +52,7 @@ CHANGED = 1.3  # ratio of lap seconds, up or down, from which on the kept speed 
 CHANGED_MEMORY = 1.5  # ratio of bandwidth, up, from which on it is: other processes used the memory then
 OPERATION_SECONDS = 0.004  # an operation is repeated for this time
 MOST_REPEATS = 20
+LONG_CALLS = 0.1  # seconds of repetitions after which even fewer than three do: nothing short disturbs them
 COLD_BYTES, MOST_SETS = 48e6, 12  # bytes that exceed a CPU's caches; most copies of an operation's tensors
 MOST_UPDATED = 2**24  # most weights whose optimizer step is timed; the seconds of more are proportional
 LARGEST = 1e9  # bytes of the largest operation that is timed
@@ -111,7 +113,7 @@ class Meter:
         slowness = self.slowness()
         call()
         took: list[float] = []
-        while len(took) < 3 or (sum(took) < seconds and len(took) < most):
+        while sum(took) < LONG_CALLS and (len(took) < 3 or (sum(took) < seconds and len(took) < most)):
             took.append(self.once(call))
         return lower_quartile(took) / slowness
 
@@ -201,7 +203,7 @@ class Device:
         self.key = device_key(device)
         self._file = (folder or cache_folder()) / f"speed-{self.key}.json"
         self._speed: Speed | None = None
-        self._kinds: dict[Any, dict[str, tuple[float, float]]] = {}  # timed operations by kind: (roofline, seconds)
+        self._timed: dict[Any, dict[str, tuple[float, float]]] = {}  # operations by kind: (roofline, seconds)
         self._changed = False
         self.busy = 1.0  # seconds of a lap at the last look / seconds of a lap of the idle device
 
@@ -277,7 +279,8 @@ class Device:
                     speed.operations[one.key] = self._meter.operation(one)
                     self._changed = True
             if (timed := speed.operations.get(one.key)) is not None:
-                self._kinds.setdefault(one.kind, {})[one.key] = speed.roofline(one), timed
+                for kind in one.kinds:
+                    self._timed.setdefault(kind, {})[one.key] = speed.roofline(one), timed
         self._meter.free()
         for one, count in calls:
             found = speed.operations.get(one.key)
@@ -290,8 +293,8 @@ class Device:
     def _estimate(self, one: Operation) -> float:
         """The seconds of ``one``: its roofline times the factor of the nearest timed operation of its kind, else 2."""
         floor = self.speed.roofline(one)
-        known = self._kinds.get(one.kind)
-        if not known:
+        known = next(filter(None, map(self._timed.get, one.kinds)), None)
+        if known is None:
             return 2 * floor
         nearest, took = min(known.values(), key=lambda pair: abs(math.log(pair[0] / floor)))
         return floor * took / nearest

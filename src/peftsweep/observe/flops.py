@@ -115,6 +115,9 @@ def matmul_ceiling(
 ) -> float:
     """FLOP/s of the fastest square matrix product: the best of ``sizes``, of each the median of ``repeats``.
 
+    Training multiplies in three layouts: inputs by transposed weights, gradients by weights, transposed gradients by
+    inputs. The fastest of them counts, as kernels of a dtype may lack some (bfloat16 on a CPU without AVX-512).
+
     Sizes for which the device lacks the memory are left out; the smallest must fit. So are those above one whose
     product takes over ``longest`` seconds, as in a number format for which the device has no instruction.
     """
@@ -127,15 +130,23 @@ def matmul_ceiling(
             if best and out_of_memory(error):
                 break
             raise
-        laps = Laps(device, clock)
-        for lap in range(2 + repeats):  # two to warm up
-            if lap >= 2:
-                laps.start()
-            torch.mm(left, right, out=product)
-            if lap >= 2:
-                laps.stop()
-        seconds = percentile(laps.seconds(), 50) or 0.0
+        pairs = (left, right), (left, right.t()), (left.t(), right)
+        fastest = min(pairs, key=lambda pair: _product_seconds(*pair, out=product, repeats=1, clock=clock))
+        seconds = _product_seconds(*fastest, out=product, repeats=repeats, clock=clock)
         best = max(best, 2 * size**3 / seconds)
         if seconds > longest:
             break
     return best
+
+
+def _product_seconds(
+    left: torch.Tensor, right: torch.Tensor, *, out: torch.Tensor, repeats: int, clock: Callable[[], float]
+) -> float:
+    """The median seconds of ``left @ right``, after one product to warm up."""
+    torch.mm(left, right, out=out)
+    laps = Laps(left.device, clock)
+    for _ in range(repeats):
+        laps.start()
+        torch.mm(left, right, out=out)
+        laps.stop()
+    return percentile(laps.seconds(), 50) or 0.0
