@@ -20,11 +20,11 @@ CPU = torch.device("cpu")
 MEASURED = Speed({"float32": 1e9, "bfloat16": 2e9}, 1e8, 1e-6, host_seconds=1e-5, byte_seconds=1e-9, lap_seconds=1e-3)
 
 
-def product(size: int, dtype: torch.dtype = torch.float32) -> Ledger:
+def product(size: int, dtype: torch.dtype = torch.float32, *, transposed: bool = False) -> Ledger:
     ledger = Ledger()
     with Allocator(1, 0, ledger):
         left = torch.empty(size, size, dtype=dtype, device="meta")
-        left @ left
+        left @ (left.t() if transposed else left)
     return products_of(ledger)
 
 
@@ -63,6 +63,35 @@ def test_an_operation_that_was_not_timed_is_as_far_above_its_roofline_as_its_nea
     seconds, estimated = device.work(ledger, until=0.0)
     assert estimated == pytest.approx(3 * MEASURED.roofline(other))
     assert seconds == pytest.approx(3 * MEASURED.roofline(other) + 3 * MEASURED.roofline(timed))
+
+
+def test_the_nearest_kin_of_a_product_multiplies_factors_of_the_same_layout(device: Device) -> None:
+    (slow,), (fast,) = product(590).calls, product(400, transposed=True).calls
+    (other,) = product(600, transposed=True).calls
+    device.speed.operations |= {slow.key: 20 * MEASURED.roofline(slow), fast.key: 3 * MEASURED.roofline(fast)}
+    ledger = Ledger()
+    ledger.calls.update([slow, fast, other])
+    assert device.work(ledger, until=0.0)[1] == pytest.approx(3 * MEASURED.roofline(other))
+
+
+def test_a_product_whose_layout_was_never_timed_takes_the_factor_of_another(device: Device) -> None:
+    (timed,), (other,) = product(500).calls, product(600, transposed=True).calls
+    device.speed.operations[timed.key] = 3 * MEASURED.roofline(timed)
+    ledger = Ledger()
+    ledger.calls.update([timed, other])
+    assert device.work(ledger, until=0.0)[1] == pytest.approx(3 * MEASURED.roofline(other))
+
+
+@pytest.mark.parametrize(("seconds", "repeats"), [(1.0, 1), (0.001, 3)])
+def test_an_operation_that_takes_long_is_repeated_less(seconds: float, repeats: int) -> None:
+    now = 0.0
+
+    def call() -> None:
+        nonlocal now
+        now += seconds
+
+    assert speed.Meter(CPU, clock=lambda: now).best(call, 0.0, 20) == pytest.approx(seconds)
+    assert now == pytest.approx((1 + repeats) * seconds)  # one to warm up
 
 
 def test_an_operation_is_timed_once_and_kept_for_other_processes(device: Device, tmp_path: Path) -> None:

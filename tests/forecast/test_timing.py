@@ -319,6 +319,17 @@ def test_seconds_are_those_of_the_steps_and_a_record_of_the_same_shape_decides(
     assert twice.uncorrected["train"] == pytest.approx(long.spans["train"].seconds)  # type: ignore[union-attr]
 
 
+def test_the_first_trial_of_a_model_takes_nothing_of_the_time_for_the_others(
+    compose: Compose, device: speed.Device, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(duration, "_SPENT", spent := [0.0])
+    monkeypatch.setattr(duration, "_MODELS", set())
+    duration.estimate(compose(*SMALL), device)
+    assert spent == [0.0]
+    duration.estimate(compose(*SMALL, "method.r=3"), device)
+    assert spent[0] > 0
+
+
 def test_trials_of_other_seeds_have_one_shape_and_the_flops_of_their_own_padding(compose: Compose) -> None:
     """Then they share what one traces, and the records of one foretell the other."""
     trials = [compose("dataset.samples=32", "train.steps=10", f"seed={seed}") for seed in (0, 1)]
