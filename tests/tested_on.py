@@ -97,15 +97,18 @@ def row(name: str, threads: int, run: Run) -> str:
 
 def write(name: str, threads: int, run: Run) -> None:
     """Put the row into docs/tested_on.md, in place of the last one of the same set, number of threads and CPU."""
-    lines = TABLE.read_text(encoding="utf-8").splitlines()
-    key, new = f"| {name} | {threads} |", row(name, threads, run)
-    same = (number for number, line in enumerate(lines) if line.startswith(key) and f"| {processor()} |" in line)
-    at = next(same, None)
-    if at is None:
-        lines.insert(max(number for number, line in enumerate(lines) if line.startswith("|")) + 1, new)
-    else:
-        lines[at] = new
-    record.write_text(TABLE, "\n".join(lines) + "\n")
+    content = TABLE.read_text(encoding="utf-8")
+    head = content.index("|--") + content[content.index("|--") :].index("\n") + 1
+    end = content.rindex("|\n") + 2
+    kept = {_order(line): line for line in [*content[head:end].splitlines(), row(name, threads, run)]}
+    lines = "".join(f"{kept[key]}\n" for key in sorted(kept))
+    record.write_text(TABLE, content[:head] + lines + content[end:])
+
+
+def _order(line: str) -> tuple[str, bool, str, str]:
+    """The place of a row: those of a CPU together, the numeric tests first."""
+    name, threads, *_, cpu, _, _ = (cell.strip() for cell in line.strip("|").split(" | "))
+    return cpu, name not in SETS, name, threads
 
 
 def main() -> None:
