@@ -321,7 +321,7 @@ def test_products_without_a_formula_are_named() -> None:
 
 def test_the_ceiling_is_the_best_of_the_sizes_by_the_median_lap() -> None:
     # Two readings a lap: one lap a layout, then at size 2 laps of 1, 1, 9 seconds, at size 4 of 4, 16, 4.
-    laps = iter([2.0, 3.0, 3.0, 1.0, 1.0, 9.0, 5.0, 6.0, 7.0, 4.0, 16.0, 4.0])
+    laps = iter([2.0, 3.0, 3.0, 1.0, 1.0, 9.0, 4.0, 16.0, 4.0])
     now, running = 0.0, False
 
     def clock() -> float:
@@ -337,7 +337,7 @@ def test_the_ceiling_is_the_best_of_the_sizes_by_the_median_lap() -> None:
 def test_the_ceiling_is_that_of_the_fastest_layout(monkeypatch: pytest.MonkeyPatch) -> None:
     now, multiply = 0.0, torch.mm
 
-    def mm(left: torch.Tensor, right: torch.Tensor, *, out: torch.Tensor) -> torch.Tensor:
+    def mm(left: torch.Tensor, right: torch.Tensor, out: torch.Tensor | None = None) -> torch.Tensor:
         nonlocal now
         now += {(True, True): 30.0, (True, False): 4.0, (False, True): 2.0}[left.is_contiguous(), right.is_contiguous()]
         return multiply(left, right, out=out)

@@ -18,6 +18,12 @@ PRODUCT = re.compile(r"(?!aten::|autograd::)\w+::\w*(mm|gemv|matmul|attn|attenti
 SIZES = {"cuda": (2048, 4096, 8192), "cpu": (512, 1024, 2048)}
 
 Run = Callable[[int, Callable[[], None]], None]
+Layout = Callable[[torch.Tensor, torch.Tensor], tuple[torch.Tensor, torch.Tensor]]
+LAYOUTS: tuple[Layout, ...] = (  # of the factors of the products in a layer's forward and backward
+    lambda left, right: (left, right.t()),
+    lambda left, right: (left, right),
+    lambda left, right: (left.t(), right),
+)
 
 
 def count_flops(run: Run, settle: int, active: int) -> Counter[torch.dtype]:
@@ -115,38 +121,34 @@ def matmul_ceiling(
 ) -> float:
     """FLOP/s of the fastest square matrix product: the best of ``sizes``, of each the median of ``repeats``.
 
-    Training multiplies in three layouts: inputs by transposed weights, gradients by weights, transposed gradients by
-    inputs. The fastest of them counts, as kernels of a dtype may lack some (bfloat16 on a CPU without AVX-512).
+    The layout of the factors is that which is fastest at the smallest size: the others may lack a kernel for the dtype
+    (bfloat16 on a CPU without AVX-512).
 
     Sizes for which the device lacks the memory are left out; the smallest must fit. So are those above one whose
     product takes over ``longest`` seconds, as in a number format for which the device has no instruction.
     """
+
+    def seconds(layout: Layout, size: int, repeats: int) -> float:
+        left, right = layout(*(torch.randn(size, size, device=device, dtype=dtype) for _ in range(2)))
+        product = torch.mm(left, right)
+        laps = Laps(device, clock)
+        torch.mm(left, right, out=product)  # the second to warm up
+        for _ in range(repeats):
+            laps.start()
+            torch.mm(left, right, out=product)
+            laps.stop()
+        return percentile(laps.seconds(), 50) or 0.0
+
+    layout = min(LAYOUTS, key=lambda one: seconds(one, min(sizes), 1))
     best = 0.0
     for size in sorted(sizes):
         try:
-            left, right = (torch.randn(size, size, device=device, dtype=dtype) for _ in range(2))
-            product = left @ right
+            took = seconds(layout, size, repeats)
         except RuntimeError as error:
             if best and out_of_memory(error):
                 break
             raise
-        pairs = (left, right), (left, right.t()), (left.t(), right)
-        fastest = min(pairs, key=lambda pair: _product_seconds(*pair, out=product, repeats=1, clock=clock))
-        seconds = _product_seconds(*fastest, out=product, repeats=repeats, clock=clock)
-        best = max(best, 2 * size**3 / seconds)
-        if seconds > longest:
+        best = max(best, 2 * size**3 / took)
+        if took > longest:
             break
     return best
-
-
-def _product_seconds(
-    left: torch.Tensor, right: torch.Tensor, *, out: torch.Tensor, repeats: int, clock: Callable[[], float]
-) -> float:
-    """The median seconds of ``left @ right``, after one product to warm up."""
-    torch.mm(left, right, out=out)
-    laps = Laps(left.device, clock)
-    for _ in range(repeats):
-        laps.start()
-        torch.mm(left, right, out=out)
-        laps.stop()
-    return percentile(laps.seconds(), 50) or 0.0
