@@ -25,7 +25,7 @@ from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from peftsweep import command_line, completion, doctor, options, shorthand
+from peftsweep import command_line, completion, doctor, errors, options, shorthand
 from peftsweep.config import checks, experiment, fill
 from peftsweep.config import compose as configuration
 from peftsweep.errors import EXIT_CODES, InputError, Unwritable, check_platform, printable, unreadable
@@ -140,8 +140,6 @@ def _help() -> int:
 
 
 def _hydra() -> int:
-    from peftsweep.errors import NotRun, SweepFailed
-
     fill.register()
     if not {"-sc", "--shell-completion"} & set(sys.argv):
         sys.argv[1:] = _checked(sys.argv[1:])
@@ -154,9 +152,9 @@ def _hydra() -> int:
     os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra then raises what it would else print as ten lines
     try:
         hydra.main(version_base="1.3", config_path=fill.conf_dir(), config_name="config")(_task)()
-    except NotRun:
+    except errors.NotRun:
         return NOT_RUN
-    except SweepFailed:
+    except errors.SweepFailed:
         return 1
     except ValueError as error:
         if "No trials are completed" not in str(error):
@@ -241,6 +239,7 @@ def _task(cfg: DictConfig) -> None:
 def run_one(overrides: list[str]) -> Result:
     """Run one trial from Python: see ``peftsweep.run``."""
     check_platform()
+    sweep_record.command_begins()
     from peftsweep.config import build
     from peftsweep.forecast import forecast
     from peftsweep.sweep import sweep

@@ -206,6 +206,8 @@ def test_the_command_is_the_same_in_every_output_whatever_its_words_hold() -> No
         ("failed", "ModuleNotFoundError", "No module named 'math_verify'", "Install"),
         ("failed", "FileNotFoundError", "[Errno 2] No such file or directory: 'rows.jsonl'", "path"),
         ("failed", "WorkerDied", "the worker died: SIGSEGV", "retries=1"),
+        ("failed", "TerminatedWorkerError", "A worker process was unexpectedly terminated {SIGKILL(-9)}", "retries=1"),
+        ("failed", "UncompletedJobError", "Job not requeued because: timed-out too many times.", "timeout_min"),
         ("failed", "RuntimeError", "CUDA error: device-side assert triggered", "workers=1"),
         ("failed", "KeyError", "'x'", "trial.log"),
         ("oom", "OutOfMemoryError", "no memory left", "train.batch_size"),

@@ -96,6 +96,29 @@ def test_a_metric_that_ends_the_process_fails_its_trial_alone(raised: BaseExcept
         raise KeyboardInterrupt
 
 
+def test_a_job_that_is_taken_off_its_machine_during_an_evaluation_ends_as_its_scheduler_wants() -> None:
+    """The handler of a scheduler's signal puts the job back into the queue and exits; the trial has not failed."""
+
+    def requeued(*_: Any) -> None:
+        sys.exit(144)
+
+    before = signal.signal(signal.SIGUSR2, requeued)
+    try:
+        with pytest.raises(SystemExit, match="144"), process_state_kept(), ends_as_error():
+            signal.raise_signal(signal.SIGUSR2)
+        assert signal.getsignal(signal.SIGUSR2) is requeued
+
+        def exits_by_a_signal_of_its_own() -> None:
+            signal.signal(signal.SIGUSR2, lambda *_: sys.exit(3))
+            signal.raise_signal(signal.SIGUSR2)
+
+        with pytest.raises(RuntimeError, match="it ended by SystemExit: 3"), process_state_kept(), ends_as_error():
+            exits_by_a_signal_of_its_own()
+        assert signal.getsignal(signal.SIGUSR2) is requeued
+    finally:
+        signal.signal(signal.SIGUSR2, before)
+
+
 def test_a_file_that_a_metric_cannot_write_is_no_full_disk_of_the_study(tmp_path: Path) -> None:
     """Its own error ends its trial; an error of the study's files (store.unwritable) ends the sweep."""
 

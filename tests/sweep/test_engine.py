@@ -83,6 +83,33 @@ def test_a_preempted_job_writes_a_checkpoint_and_goes_on_to_the_bit(command: Com
     assert saved[0].read_bytes() == saved[1].read_bytes()
 
 
+SLOW_AT_FIRST = """
+import pathlib, time
+from peftsweep.evaluate import perplexity
+
+def waits(model, tokenizer, examples, *, batch_size: int = 16, max_length: int = 768):
+    if hasattr(model, "peft_config") and not pathlib.Path("evaluating").exists():
+        pathlib.Path("evaluating").touch()
+        time.sleep(600)
+    return perplexity(model, tokenizer, examples, batch_size=batch_size, max_length=max_length)
+"""
+
+
+@needs("submitit")
+@pytest.mark.slow
+def test_a_job_that_is_preempted_during_an_evaluation_goes_on(scratch: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (scratch / "slow_at_first.py").write_text(SLOW_AT_FIRST)
+    monkeypatch.setenv("PYTHONPATH", f"{scratch}{os.pathsep}{os.environ.get('PYTHONPATH', '')}")
+    words = [*UNWRITTEN, "eval.perplexity._target_=slow_at_first.waits", "hydra/launcher=submitit_local"]
+    process = start(*words)
+    assert wait_for(Path("evaluating").exists, process), process.communicate()
+    os.kill(trained(process, 1), signal.SIGUSR2)
+    out, err = process.communicate(timeout=300)
+    assert (process.returncode, err) == (0, ""), out
+    (ended,) = records().values()
+    assert (ended.status, ended.run_info["resumed"]) == (Status.success, 4)
+
+
 # ---- what a launcher may do to its jobs ------------------------------------------------------------
 
 
@@ -199,6 +226,24 @@ def test_a_trial_that_others_run_is_waited_for(three: list[Trial]) -> None:
     assert run(three[:1], launch)["r2"].status is Status.success
 
 
+def test_a_trial_that_others_run_is_not_launched_unless_they_leave_it(three: list[Trial]) -> None:
+    """As after a command was killed whose jobs run on: a second job would hold a machine to wait for the first."""
+    held, given = contextlib.ExitStack(), []
+    for one in three[:2]:
+        held.enter_context(claims.claim(Path("multirun/default"), one.identity))
+
+    def launch(trials: Sequence[Trial]) -> list[None]:
+        given.append([one.label for one in trials])
+        for one in trials:
+            engine.job(one)
+        held.close()  # the others end, and leave no record
+        return [None] * len(trials)
+
+    ended = run(three, launch)
+    assert given == [["r8"], ["r2", "r4"]]
+    assert [one.status for one in ended.values()] == [Status.success] * 3
+
+
 def test_what_is_read_while_others_write_it_ends_no_display(
     three: list[Trial], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -271,6 +316,28 @@ def test_a_wrong_point_stops_a_sweep_before_any_launcher_has_it(command: Command
     assert (code, out) == (2, "")
     assert "method.r=0: must be at least 1" in err
     assert not records()
+
+
+def test_rows_that_change_before_a_job_begins_are_noticed(
+    command: Command, questions: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As in the hours for which a job may wait in a queue."""
+    job_words = engine.job_words
+
+    def edited(trial: Trial) -> list[str]:
+        questions.write_text(questions.read_text().replace("plus", "and"))
+        return job_words(trial)
+
+    words = [*UNWRITTEN[:2], "train.batch_size=4", "dataset=file", f"dataset.path={questions}", "eval=[perplexity]"]
+    words += ['dataset.prompt="{question} "', 'dataset.answer="{answer}"', "hydra/launcher=basic"]
+    with monkeypatch.context() as patch:
+        patch.setattr(engine, "job_words", edited)
+        assert command(*words)[0] == 1
+    (failed,) = records().values()
+    assert (failed.error or {})["type"] == "InputError"
+    assert "have changed since the sweep began; run the same command again" in (failed.error or {})["message"]
+    assert command(*words)[0] == 0
+    assert sorted(one.status.name for one in records().values()) == ["failed", "success"]
 
 
 def test_a_dry_run_is_one_list_whatever_the_launcher(command: Command) -> None:

@@ -15,10 +15,11 @@ import numpy as np
 import pytest
 from filelock import FileLock
 from hydra._internal.config_loader_impl import ConfigLoaderImpl
+from hydra.core.utils import JobReturn, JobStatus
 
 from peftsweep.analysis.text import halving_notes
 from peftsweep.config.compose import Trial
-from peftsweep.errors import InputError
+from peftsweep.errors import InputError, NotRun
 from peftsweep.schema import HalvingConfig, Resource
 from peftsweep.study import record, rungs
 from peftsweep.study.record import Result, Status
@@ -268,6 +269,27 @@ def test_a_rung_that_is_not_complete_is_not_decided(command: Command) -> None:
     assert "rung 2 is not complete, 1 of 1 were not run" in out
     assert command(*words)[0] == 0
     assert sorted(one.status.name for one in records().values()) == ["stopped"] * 3 + ["success"]
+
+
+def test_a_rung_of_which_a_trial_was_cancelled_is_not_decided(capsys: pytest.CaptureFixture[str]) -> None:
+    """Else the same command, which runs that trial too, would decide otherwise."""
+    launched = []
+
+    def launch(points: list[list[str]], first: int) -> list[JobReturn]:
+        launched.append(points)
+        jobs = [JobReturn(status=JobStatus.COMPLETED) for _ in points]
+        for number, job in enumerate(jobs):
+            info: dict[str, Any] = {"trial": f"t{number}", "identity": f"i{number}", "status": "stopped"}
+            info["rung"] = {"number": 1, "step": 1, "metric": "loss", "value": 1.0}
+            job._return_value = Result(info, {}, {})
+        jobs[1].status, jobs[1]._return_value = JobStatus.FAILED, NotRun("t1: cancelled")
+        return jobs
+
+    points = [[f"method.r={rank}"] for rank in (2, 4, 8)]
+    ended = halving.run(launch, points, HalvingConfig(metric="loss", min_steps=1))
+    assert [isinstance(job._return_value, NotRun) for job in ended] == [False, True, False]
+    assert len(launched) == 1
+    assert "rung 1 is not complete, 1 of 3 were not run; the same command continues" in capsys.readouterr().out
 
 
 @pytest.mark.slow

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import itertools
 import math
+import time
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -207,6 +209,25 @@ def test_a_sampler_finds_the_middle_of_a_bowl_better_than_chance() -> None:
         search.run(under_way, bowl, [])
         best[name] = under_way.study.best_value
     assert best["tpe"] < best["random"]
+
+
+def test_two_commands_at_once_run_a_search_to_its_number_of_trials(monkeypatch: pytest.MonkeyPatch) -> None:
+    found, _ = dimensions(*PLANE)
+    commands = [Search(options(n_trials=3), found) for _ in range(2)]
+    sampler = Search._sampler
+
+    def slow(self: Search, number: int) -> Any:
+        time.sleep(0.3)  # so that both would ask meanwhile
+        return sampler(self, number)
+
+    monkeypatch.setattr(Search, "_sampler", slow)
+    with ThreadPoolExecutor(2) as pool:
+        while any(batches := list(pool.map(Search.next, commands))):
+            assert [trial.number for trial in batches[0]] == [trial.number for trial in batches[1]]
+            for one, batch in zip(commands, batches, strict=True):
+                for trial, job in zip(batch, bowl([one.point(trial) for trial in batch]), strict=True):
+                    one.tell(trial, job)
+    assert [trial.state.name for trial in told()] == ["COMPLETE"] * 3
 
 
 def test_several_are_asked_for_at_once() -> None:

@@ -237,6 +237,22 @@ def test_a_trial_that_another_process_runs_is_left_to_it(compose: Compose, monke
     assert not any((store.folder("packed") / ".claims").glob("*.json"))
 
 
+def test_a_trial_that_another_process_has_just_ended_is_not_trained_again(
+    compose: Compose, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    points, real, looked = trials(compose, "packed", "adapter.save=false"), done.finished, list[str]()
+    task.run(points[1])
+
+    def just_too_early(one: Trial) -> Result | None:
+        looked.append(one.identity)
+        return None if len(looked) <= len(points) else real(one)
+
+    monkeypatch.setattr(done, "finished", just_too_early)
+    with pytest.raises(claims.Claimed, match="has just ended"):
+        pack.run(points)
+    assert len(list(store.folder("packed").glob("*/result.json"))) == 1
+
+
 # ---- whether it pays -------------------------------------------------------------------------------
 
 

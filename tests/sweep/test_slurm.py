@@ -87,6 +87,19 @@ def test_with_accounting_it_says_how_the_job_ended(monkeypatch: pytest.MonkeyPat
     assert watcher.get_state("7_0", mode="cache") == "OUT_OF_MEMORY"
 
 
+@pytest.mark.parametrize("told", ["PREEMPTED", "RUNNING", "REQUEUED"])
+def test_a_job_that_the_queue_lists_no_more_is_over_whatever_accounting_says(
+    told: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The end of a preempted job on a cluster that cancels instead of requeuing, and one that accounting missed."""
+    watcher = slurm.QueueWatcher()
+    answers(monkeypatch, squeue="7_0|RUNNING\n", sacct="")
+    assert states(watcher, "7_0") == {"7_0": False}
+    answers(monkeypatch, squeue="", sacct=f"JobID|State|NodeList\n7_0|{told}|one\n")
+    assert is_over(watcher, "7_0")
+    assert watcher.get_state("7_0", mode="cache") == f"GONE {told}"
+
+
 def test_a_controller_that_does_not_answer_ends_no_job(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -105,6 +118,24 @@ def test_a_job_that_was_just_submitted_may_not_be_listed_yet(monkeypatch: pytest
     assert states(watcher, "7_0") == {"7_0": False}
     monkeypatch.setattr(slurm, "UNLISTED_SECONDS", 0.0)
     assert is_over(watcher, "7_0")
+
+
+def test_an_interrupt_names_the_jobs_that_it_leaves_in_the_queue(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    answers(monkeypatch, squeue="7_0|RUNNING\n7_1|PENDING\n8|COMPLETED\n")
+
+    def interrupted() -> None:
+        states(slurm.SlurmJob.watcher, "7_0", "7_1", "8")
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt), slurm.jobs_end_alone():
+        interrupted()
+    said = "peftsweep: the jobs of 7 go on, and the same command waits for them; scancel 7 ends them\n"
+    assert capsys.readouterr().err == said
+    with pytest.raises(KeyboardInterrupt), slurm.jobs_end_alone():
+        raise KeyboardInterrupt
+    assert capsys.readouterr().err == ""
 
 
 # ---- a real SLURM ----------------------------------------------------------------------------------

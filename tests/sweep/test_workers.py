@@ -165,6 +165,20 @@ def test_a_killed_worker_costs_its_trial_and_a_retry_saves_it(command: Command) 
                     file.unlink()
 
 
+@pytest.mark.slow
+def test_a_retry_of_a_command_with_force_goes_on_from_the_checkpoint() -> None:
+    words = [*UNWRITTEN, "train.steps=400", "train.log_every=10", "train.checkpoint_every=20"]
+    process = start(*words, "force=true", "hydra.launcher.retries=1")
+    worker = worker_of(process)
+    assert worker is not None
+    assert wait_for(lambda: [*Path("multirun/default").glob("*/checkpoints/step-*.pt")], process)
+    worker.kill()
+    out, err = process.communicate(timeout=240)
+    assert (process.returncode, err) == (0, ""), out
+    (ended,) = records().values()
+    assert ended.run_info["resumed"] >= 20
+
+
 @pytest.mark.slow  # starts a command; test_processes.py kills the parent of a guarded worker, which is cheap
 def test_workers_end_with_their_parent_however_it_ends() -> None:
     process = start(*UNWRITTEN, "train.steps=2000")
@@ -499,6 +513,15 @@ def test_a_limit_of_trials_and_of_time(command: Command) -> None:
     assert not records("late")
 
 
+@pytest.mark.parametrize("workers", [0, pytest.param(1, marks=pytest.mark.slow)])
+def test_no_trial_of_another_command_is_waited_for_beyond_the_deadline(
+    workers: int, compose: Compose, command: Command
+) -> None:
+    with claims.claim(Path("multirun/default"), compose(*UNWRITTEN).identity):
+        code, out, _ = command(*UNWRITTEN, f"hydra.launcher.workers={workers}", "hydra.launcher.deadline=3s")
+    assert (code, out.splitlines()[-1]) == (3, "0 trials, 1 not run  (multirun/default)")
+
+
 def test_a_trial_that_failed_outweighs_those_that_a_limit_left(
     command: Command, fails_at_rank: Callable[[int], None]
 ) -> None:
@@ -647,10 +670,14 @@ def test_what_a_limit_left_is_run_by_the_next_command(command: Command) -> None:
         ("hydra.launcher.workers=-1", "hydra.launcher.workers=-1: must be a whole number, at least 0"),
         ("hydra.launcher.limit=0", "hydra.launcher.limit=0: must be a whole number, at least 1"),
         ("hydra.launcher.timeout=soon", "hydra.launcher.timeout=soon: must be a time such as 90s, 30m, 2h or 1d"),
+        *(
+            (f"hydra.launcher.workers=0 hydra.launcher.{key}", f"hydra.launcher.{key}: only with workers")
+            for key in ("timeout=90", "retries=1", "devices=[0]")
+        ),
     ],
 )
 def test_a_wrong_placement_is_one_line(word: str, line: str, command: Command) -> None:
-    code, out, err = command(*SMALL, word)
+    code, out, err = command(*SMALL, *word.split())
     assert (code, out) == (2, "")
     assert line in err
 

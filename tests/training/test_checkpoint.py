@@ -25,14 +25,15 @@ from peftsweep.evaluation import likelihood
 from peftsweep.models import model
 from peftsweep.observe.measure import Meter
 from peftsweep.schema import TrainConfig
-from peftsweep.study import record
+from peftsweep.study import record, sweep_record
 from peftsweep.study.record import Result, Status
 from peftsweep.tiny import task
 from peftsweep.training import checkpoint, length, loop
 from peftsweep.training.run import Trained
-from peftsweep.trial import outcome
+from peftsweep.trial import done, outcome
 from peftsweep.trial import session as trial_session
-from tests.conftest import scores
+from peftsweep.trial import task as trial_task
+from tests.conftest import UNWRITTEN, scores
 from tests.models.test_methods import ADAPTERS, ON, tiny
 
 Compose = Callable[..., Trial]
@@ -355,19 +356,23 @@ def place(result: Result) -> Path:
 def cut_trial(run_unwritten: Run, monkeypatch: pytest.MonkeyPatch) -> Run:
     """Run a trial whose third step's row cannot be written any more."""
 
-    def broken(lines: Any, observer: Any, row: dict[str, Any]) -> None:
-        written(lines, observer, row)
-        if row["step"] == 3:
-            raise Cut
-
-    written = outcome.log_step
-
     def run(*words: str) -> Result:
         with monkeypatch.context() as patch:
-            patch.setattr("peftsweep.trial.session.log_step", broken)
+            patch.setattr("peftsweep.trial.session.log_step", cutting())
             return run_unwritten(*words)
 
     return run
+
+
+def cutting() -> Callable[[Any, Any, dict[str, Any]], None]:
+    """``outcome.log_step`` that fails at the third step's row."""
+
+    def broken(lines: Any, observer: Any, row: dict[str, Any]) -> None:
+        outcome.log_step(lines, observer, row)
+        if row["step"] == 3:
+            raise Cut
+
+    return broken
 
 
 def test_a_trial_goes_on_from_its_last_checkpoint(cut_trial: Run, run_unwritten: Run) -> None:
@@ -583,6 +588,24 @@ def test_force_starts_anew(cut_trial: Run, run_unwritten: Run) -> None:
     words = ["train.log_every=1", "train.checkpoint_every=2"]
     cut_trial(*words)
     assert run_unwritten(*words, "force=true").run_info["resumed"] == 0
+
+
+def test_a_further_attempt_of_a_command_with_force_goes_on_from_the_checkpoint_of_the_one_before(
+    compose: Callable[..., Trial], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A job that is requeued at its time limit, and a worker that died, are attempts of one command."""
+    sweep_record.command_begins()
+    one = compose(*UNWRITTEN, "train.log_every=1", "train.checkpoint_every=2", "force=true")
+    first = trial_task.run(one)
+    assert trial_task.run(one).run_info["created_at"] == first.run_info["created_at"]  # done by this command
+    sweep_record.command_begins()
+    with monkeypatch.context() as patch:
+        patch.setattr("peftsweep.trial.session.log_step", cutting())
+        assert trial_task.run(one).status is Status.failed
+    assert trial_task.run(one).run_info["resumed"] == 2
+    assert done.finished(one)
+    sweep_record.command_begins()
+    assert not done.finished(one)
 
 
 @pytest.mark.slow

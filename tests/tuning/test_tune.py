@@ -197,6 +197,14 @@ def test_the_seconds_of_earlier_commands_are_read_also_under_the_former_key(
     assert earlier_seconds(file, "another") == 0.0
 
 
+def test_a_search_whose_study_was_renamed_is_the_same_search(make_command: MakeCommand) -> None:
+    """So that its budget of time counts the hours that are spent."""
+    command, _ = make_command()
+    asked = [["train.steps=9"], ["train.steps=9", "study=renamed", "quiet=true"], ["train.steps=8", "study=renamed"]]
+    hashes = [dataclasses.replace(command, base_words=words).hash for words in asked]
+    assert hashes[0] == hashes[1] != hashes[2]
+
+
 def test_a_larger_budget_goes_on_and_a_spent_one_says_what_was_not_tried(
     make_command: MakeCommand,
 ) -> None:

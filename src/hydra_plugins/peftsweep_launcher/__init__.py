@@ -55,7 +55,10 @@ class LocalLauncher(Launcher):
     """Runs the trials of a sweep in warm worker processes, after all of them have been checked."""
 
     def __init__(self, **options: Any) -> None:
-        self.options = options
+        # Hydra hands over a list, such as that of devices, as one of its own.
+        self.options = {
+            key: OmegaConf.to_container(one) if OmegaConf.is_config(one) else one for key, one in options.items()
+        }
         self.budget: Any = None
         self._sweep_record: Any = None
 
@@ -306,11 +309,11 @@ class EngineLauncher(LocalLauncher):
         job_overrides = self.spelled_out(job_overrides)
         if _devices(self.config, job_overrides) == {"cpu"}:
             processes.hide_gpus()
-        from peftsweep.sweep import sweep
+        from peftsweep.sweep import engine, sweep
 
         def place(trials: Sequence[Any]) -> list[BaseException | None]:
             with self._watching():
-                jobs = self.launcher.launch([one.overrides for one in trials], initial_job_idx)
+                jobs = self.launcher.launch([engine.job_words(one) for one in trials], initial_job_idx)
             return [one._return_value if one.status is JobStatus.FAILED else None for one in jobs]
 
         run = functools.partial(sweep.run, launch=place, sweep_record=self._record(None))

@@ -44,6 +44,7 @@ LAUNCHER = {
     "pack": None,
     "measure": None,
 }  # keys of hydra.launcher with their smallest values; None: checked apart
+OF_WORKERS = ("timeout", "retries", "devices")  # keys of hydra.launcher that say what is done with worker processes
 SWEEP_WIDE_KEYS = (  # keys with one value for all points of a sweep
     *("study", "dry_run", "quiet", "stop_on_failure", "halving", "hydra.launcher", "hydra.sweeper._target_"),
     *("hydra.sweeper.max_batch_size", "hydra.sweep.dir"),
@@ -245,6 +246,8 @@ def placement(options: Mapping[str, Any]) -> dict[str, Any]:
     if devices is not None and not (isinstance(devices, list | tuple) and devices and all(map(_is_number, devices))):
         raise InputError(f"hydra.launcher.devices={devices}: must be numbers of CUDA devices, such as [0,2], or null")
     times = {key: seconds(options.get(key), f"hydra.launcher.{key}") for key in ("timeout", "deadline")}
+    for key in filter(options.get, OF_WORKERS if options.get("workers") == 0 else ()):
+        raise InputError(f"hydra.launcher.{key}={options[key]}: only with workers; hydra.launcher.workers=0 has none")
     return dict(options) | times | _packing(options.get("pack", OFF), options.get("measure"))
 
 

@@ -14,6 +14,7 @@ import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, redirect_stderr, redirect_stdout, suppress
 from pathlib import Path
+from types import FrameType
 from typing import Any, NamedTuple
 
 import numpy
@@ -86,21 +87,57 @@ def generators_kept() -> Iterator[None]:
 def ends_as_error() -> Iterator[None]:
     """Have the block end by an ``Exception`` of a trial, where it would end the process or the sweep.
 
-    That is ``sys.exit``, and an error of a file that the block writes, which is no error of the study's files.
+    That is ``sys.exit``, and an error of a file that the block writes, which is no error of the study's files. An exit
+    by a handler of signals from before the block is let through: it is how a job that a scheduler takes off its machine
+    ends, after it was put back into the queue.
 
     Raises:
         RuntimeError: it ended by one of these.
     """
+    with _raised_by_handlers() as handled:
+        try:
+            yield
+        except OSError as error:
+            if error.errno in store.UNWRITABLE_ERRNOS:
+                raise RuntimeError(f"{type(error).__name__}: {error}") from error
+            raise
+        except (Exception, KeyboardInterrupt):
+            raise
+        except BaseException as error:
+            if error in handled:
+                raise
+            raise RuntimeError(f"it ended by {type(error).__name__}: {error}") from error
+
+
+@contextmanager
+def _raised_by_handlers() -> Iterator[list[BaseException]]:
+    """A list of what the handlers of signals, those from before the block, raise in the block."""
+    raised: list[BaseException] = []
+
+    def noting(handler: Callable[[int, FrameType | None], Any]) -> Callable[[int, FrameType | None], None]:
+        def call(number: int, frame: FrameType | None) -> None:
+            try:
+                handler(number, frame)
+            except BaseException as error:
+                raised.append(error)
+                raise
+
+        return call
+
+    handlers, noted = dict[int, Any](), dict[int, Any]()
+    if threading.current_thread() is threading.main_thread():  # others can set none
+        known = {number: signal.getsignal(number) for number in signal.valid_signals()}
+        own = signal.default_int_handler  # which only interrupts, and asyncio looks for it
+        handlers = {number: one for number, one in known.items() if callable(one) and one is not own}
+        noted = {number: noting(handler) for number, handler in handlers.items()}
+    for number, handler in noted.items():
+        signal.signal(number, handler)
     try:
-        yield
-    except OSError as error:
-        if error.errno in store.UNWRITABLE_ERRNOS:
-            raise RuntimeError(f"{type(error).__name__}: {error}") from error
-        raise
-    except (Exception, KeyboardInterrupt):
-        raise
-    except BaseException as error:
-        raise RuntimeError(f"it ended by {type(error).__name__}: {error}") from error
+        yield raised
+    finally:
+        for number, handler in handlers.items():
+            if signal.getsignal(number) is noted[number]:  # else the block has set another one
+                signal.signal(number, handler)
 
 
 @contextmanager

@@ -11,6 +11,7 @@ import inspect
 import math
 import warnings
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
@@ -19,7 +20,7 @@ from peftsweep.data import fingerprint
 from peftsweep.errors import InputError, suggest
 from peftsweep.search import pruning
 from peftsweep.search.space import Dimension
-from peftsweep.study import store
+from peftsweep.study import claims, store
 from peftsweep.study.record import Result, Status
 from peftsweep.study.scores import is_maximized, is_minimized
 
@@ -193,17 +194,21 @@ class Search:
             return pruning.make(node, "sampler", optuna.samplers.BaseSampler)
 
     def next(self) -> list[FrozenTrial]:
-        """The trials to run now: those that were cut off, and new ones, as many as are wanted at once."""
+        """The trials to run now: those that were cut off, and new ones, as many as are wanted at once.
+
+        Of two commands at the same time one asks after the other, or the search would get more trials than it may have.
+        """
         import optuna
 
-        trials = self.trials()
-        batch = [one for one in trials if one.state is optuna.trial.TrialState.RUNNING]
-        for number in range(len(trials), self.options.n_trials):
-            if len(batch) >= self.options.n_jobs or self._exhausted:
-                break
-            self.study.sampler = self._sampler(number)
-            new_trial = self.study.ask(self._distributions)
-            batch.append(self.study.get_trials(deepcopy=False)[new_trial.number])
+        with self._alone():
+            trials = self.trials()
+            batch = [one for one in trials if one.state is optuna.trial.TrialState.RUNNING]
+            for number in range(len(trials), self.options.n_trials):
+                if len(batch) >= self.options.n_jobs or self._exhausted:
+                    break
+                self.study.sampler = self._sampler(number)
+                new_trial = self.study.ask(self._distributions)
+                batch.append(self.study.get_trials(deepcopy=False)[new_trial.number])
         return batch
 
     def trials(self) -> list[FrozenTrial]:
@@ -229,17 +234,25 @@ class Search:
         if result.status is Status.success:
             values = _numbers(job._return_value, self.options.objectives)
             state = states.FAIL if values is None else states.COMPLETE
-        elif result.status is Status.stopped:
-            self._report_stop(trial, result)
-        whole = optuna.trial.Trial(self.study, trial._trial_id)
-        whole.set_user_attr("trial", result.trial)
-        whole.set_user_attr("status", result.status.name)
-        try:
-            self.study.tell(trial.number, values, state=state, skip_if_finished=True)
-        except RuntimeError as error:  # a sampler's word that its space is exhausted, meant for Optuna's own loop
-            if "Study.stop" not in str(error):
-                raise
-            self._exhausted = True
+        with self._alone():
+            if self.study.get_trials(deepcopy=False)[trial.number].state.is_finished():
+                return  # another command, which runs the same search at the same time, has told it
+            if state is states.PRUNED:
+                self._report_stop(trial, result)
+            whole = optuna.trial.Trial(self.study, trial._trial_id)
+            whole.set_user_attr("trial", result.trial)
+            whole.set_user_attr("status", result.status.name)
+            try:
+                self.study.tell(trial.number, values, state=state, skip_if_finished=True)
+            except RuntimeError as error:  # a sampler's word that its space is exhausted, meant for Optuna's own loop
+                if "Study.stop" not in str(error):
+                    raise
+                self._exhausted = True
+
+    def _alone(self) -> AbstractContextManager[None]:
+        """In this context no other command reads or changes the search; of a database it may all the same."""
+        place = self.options.storage
+        return nullcontext() if "://" in place else claims.deciding(Path(place))
 
     def _report_stop(self, trial: FrozenTrial, result: Result) -> None:
         """Report to Optuna the last value of a trial that was pruned before, at the same point."""

@@ -65,7 +65,7 @@ def claim(study: Path, identity: str) -> Iterator[None]:
     """
     file, token = _claim(study, identity), uuid.uuid4().hex
     file.parent.mkdir(parents=True, exist_ok=True)
-    with _deciding(file):
+    with deciding(file):
         if holder := _holder(file):
             raise Claimed(holder)
         write_json(file, owner.me() | {"token": token})
@@ -123,8 +123,11 @@ def _claim(study: Path, identity: str) -> Path:
 
 
 @contextmanager
-def _deciding(file: Path) -> Iterator[None]:
-    """Lock out other processes while this one decides who gets the trial; without locks the last writer gets it."""
+def deciding(file: Path) -> Iterator[None]:
+    """Lock out other processes while this one decides what to write to ``file``; on a disk without locks nothing is.
+
+    The lock is a file beside it.
+    """
     lock = FileLock(file.with_name(".lock"), timeout=LOCK)
     try:
         atomic.persistently(lock.acquire, NO_LOCKS)

@@ -5,7 +5,9 @@ These seconds are the overhead of a sweep: imports, checks of all points, the st
 
 from __future__ import annotations
 
+import os
 import time
+import uuid
 from collections import Counter
 from collections.abc import Sequence
 from functools import partial
@@ -17,6 +19,7 @@ from peftsweep.study.reading import usable
 from peftsweep.study.record import Result
 
 FOLDER = "sweeps"
+COMMAND = "PEFTSWEEP_COMMAND"  # the environment variable with the token of the command that a trial is run by
 DURATION_FIELDS = {"seconds": (int, float), "seconds_outside_trials": (int, float)}  # the fields that are read again
 _began: list[float] = []
 _not_run: list[int] = []  # the number of trials not run, for each sweep of the command
@@ -24,10 +27,16 @@ plans: list[Path] = []  # the plans that the command has written with dry_run=tr
 
 
 def command_begins() -> None:
-    """Note that the process of a command has just started."""
+    """Note that a command has just started, in this process; the processes that it starts inherit its token."""
     _began[:] = [time.perf_counter()]
     _not_run.clear()
     plans.clear()
+    os.environ[COMMAND] = uuid.uuid4().hex
+
+
+def command_token() -> str:
+    """The token of the command by which this process runs trials; empty where no command of peftsweep does."""
+    return os.environ.get(COMMAND, "")
 
 
 def not_run() -> int:

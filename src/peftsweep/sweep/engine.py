@@ -8,6 +8,7 @@ of them dies.
 from __future__ import annotations
 
 import json
+import os
 import threading
 import time
 from collections import Counter, deque
@@ -19,15 +20,16 @@ from peftsweep.config.compose import Trial
 from peftsweep.errors import InputError
 from peftsweep.observe.display import Display, TrialView
 from peftsweep.study import claims as study_claims
-from peftsweep.study import record, store
+from peftsweep.study import record, store, sweep_record
 from peftsweep.study.claims import Claim
-from peftsweep.study.record import Result, Status
+from peftsweep.study.record import Result, Status, trials_in_words
 from peftsweep.sweep.workers import CLAIM_RETRY_SECONDS
 from peftsweep.trial import done, task
 
 POLL_SECONDS = 1.0  # seconds between two polls of the study
 MAX_TRIES = 2  # of a trial whose process dies: if other trials died with it, the second try shows which one is faulty
 WAITING_NOTICE_SECONDS = 60.0  # seconds without a trial after which the display says so
+TRIAL = "PEFTSWEEP_TRIAL"  # the environment variable of a job with the identity of the trial that it was made for
 LAST_LINE = 4096  # bytes at the end of steps.jsonl that always contain its last line
 
 
@@ -42,12 +44,26 @@ class WorkerDied(Exception):
 Launch = Callable[[Sequence[Trial]], Sequence[BaseException | None]]  # runs ``job`` for each trial; returns errors
 
 
+def job_words(trial: Trial) -> list[str]:
+    """The words by which Hydra composes the trial in a job, with what the job must know of the command."""
+    known = {sweep_record.COMMAND: sweep_record.command_token(), TRIAL: trial.identity}
+    return [*trial.overrides, *(f"++hydra.job.env_set.{name}='{value}'" for name, value in known.items())]
+
+
 def job(trial: Trial) -> None:
     """Run the trial in this process, unless it is done or another live process runs it.
 
     A process on a machine that was lost is taken for dead when its claim has not been renewed for some time. This
     function waits for that.
+
+    Raises:
+        InputError: the words compose another trial here than where the command has checked them.
     """
+    if os.environ.get(TRIAL, trial.identity) != trial.identity:
+        raise InputError(
+            f"{trial.name}: its rows, its model or its settings have changed since the sweep began; "
+            "run the same command again"
+        )
     end = time.monotonic() + study_claims.LEASE_SECONDS + 2 * study_claims.HEARTBEAT_SECONDS
     while True:
         try:
@@ -62,6 +78,8 @@ def job(trial: Trial) -> None:
 def run(trials: Sequence[Trial], launch: Launch, display: Display) -> Iterator[tuple[Trial, Result]]:
     """Run ``trials`` by ``launch``, again where a process dies, and yield each with its record.
 
+    Trials that other processes run, such as the jobs of a command that was killed, are waited for and not launched.
+
     Raises:
         InputError: the launcher runs nothing; it says why.
         Unwritable: a job cannot write the study.
@@ -70,23 +88,29 @@ def run(trials: Sequence[Trial], launch: Launch, display: Display) -> Iterator[t
     while batches:
         left = batches.popleft()
         watch = _Watch(left, display)
-        problems: Sequence[BaseException | None] = [None] * len(left)
         raised: Exception | None = None
+        given = [trial for trial in left if _claimed(trial) is not Claim.held]
+        launched, problems = {trial.identity for trial in given}, dict[str, BaseException | None]()
+        if len(given) < len(left):
+            display.say(f"    waits for {trials_in_words(len(left) - len(given))} that other processes run")
         with watch.looking():
             try:
-                problems = launch(left)
+                ended = launch(given) if given else []
+                problems = {trial.identity: problem for trial, problem in zip(given, ended, strict=True)}
             except Exception as error:  # whatever a launcher raises when one of its jobs dies
                 raised = error
             while watch.waits():  # for jobs that still run, or whose machine was lost
                 time.sleep(POLL_SECONDS)
-        if full := next(filter(None, map(store.unwritable, filter(None, [raised, *problems]))), None):
+        if full := next(filter(None, map(store.unwritable, filter(None, [raised, *problems.values()]))), None):
             raise full
-        claims = {trial.identity: study_claims.claimed(done.folder(trial).parent, trial.identity) for trial in left}
+        claims = {trial.identity: _claimed(trial) for trial in left}
         if raised and not watch.results and not any(claims.values()):
             raise InputError(f"hydra/launcher: {record.one_line(raised)}") from raised
         again, suspects = list[Trial](), list[Trial]()
-        for trial, problem in zip(left, problems, strict=True):
-            tries[trial.identity] += claims[trial.identity] is Claim.left or raised is None
+        for trial in left:
+            problem = problems.get(trial.identity)
+            if trial.identity in launched:
+                tries[trial.identity] += claims[trial.identity] is Claim.left or raised is None
             if result := watch.results.get(trial.identity) or done.finished(trial):
                 yield trial, result
             elif _is_final(problem) or tries[trial.identity] >= MAX_TRIES:
@@ -102,6 +126,10 @@ def run(trials: Sequence[Trial], launch: Launch, display: Display) -> Iterator[t
         batches += [[trial] for trial in suspects]
         if again:
             batches.append(again)
+
+
+def _claimed(trial: Trial) -> Claim | None:
+    return study_claims.claimed(done.folder(trial).parent, trial.identity)
 
 
 def _is_final(problem: BaseException | None) -> bool:

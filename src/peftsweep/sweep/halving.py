@@ -20,7 +20,7 @@ from hydra.core.utils import JobReturn, JobStatus
 from omegaconf import DictConfig
 
 from peftsweep.analysis.text.halving_notes import notes
-from peftsweep.errors import InputError
+from peftsweep.errors import InputError, NotRun
 from peftsweep.schema import HalvingConfig, Resource
 from peftsweep.study import rungs
 from peftsweep.study.record import Result, Status
@@ -58,7 +58,8 @@ def run(launch: Launch, points: Sequence[Point], config: HalvingConfig, *, quiet
         jobs |= {tuple(point): job for point, job in zip(remaining, ended, strict=True)}
         results = [_result(job) for job in ended]
         records |= {result.trial: result for result in results if result is not None}
-        failed = sum(job.status is JobStatus.FAILED for job in ended)
+        # A trial that was cancelled alone, such as one job of an array, has no result yet and has not failed.
+        failed = sum(job.status is JobStatus.FAILED and not isinstance(job._return_value, NotRun) for job in ended)
         if missing := sum(result is None for result in results) - failed:
             _say(
                 f"rung {rung} is not complete, {missing} of {len(remaining)} were not run; the same command continues",

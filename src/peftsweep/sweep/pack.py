@@ -85,6 +85,8 @@ def _run_together(
     with ExitStack() as claims:
         for one in trials:
             claims.enter_context(study_claims.claim(trial_done.folder(one).parent, one.identity))
+        if any(map(trial_done.finished, trials)):
+            raise study_claims.Claimed("another process has just ended a trial of the pack")
         try:
             return dict(
                 zip(names, _Pack(trials, [observers[name] for name in names], probe, measure).run(), strict=True)
@@ -104,12 +106,12 @@ def _run_together(
 def _trained(one: Trial) -> bool:
     """Whether the trained weights of the trial exist already."""
     ended = trial_done.folder(one) / store.CHECKPOINTS / checkpoint.TRAINED
-    return trial_done.trained(one) is not None or (ended.exists() and not one.config.force)
+    return trial_done.trained(one) is not None or (ended.exists() and not trial_done.anew(one))
 
 
 def _step(one: Trial) -> int:
     """The step of the checkpoint from which the trial would continue; 0 without one."""
-    files = [] if one.config.force else (trial_done.folder(one) / store.CHECKPOINTS).glob("step-*.pt")
+    files = [] if trial_done.anew(one) else (trial_done.folder(one) / store.CHECKPOINTS).glob("step-*.pt")
     return max((int(file.stem.partition("-")[2]) for file in files), default=0)
 
 

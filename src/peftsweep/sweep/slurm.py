@@ -50,6 +50,10 @@ class QueueWatcher(SlurmInfoWatcher):  # type: ignore[misc]
         words = self.get_state(job_id, mode=mode).upper().split()  # sacct: CANCELLED by 1000
         return bool(words) and words[0] in ENDED
 
+    def left(self) -> list[str]:
+        """The arrays, or single jobs, of which a job is not known to have ended."""
+        return sorted({job.partition("_")[0] for job in self._registered - self._finished})
+
     def update(self) -> None:
         """Read the states of all jobs that have not ended."""
         self._num_calls += 1
@@ -63,7 +67,9 @@ class QueueWatcher(SlurmInfoWatcher):  # type: ignore[misc]
         if unlisted := {job for job in jobs - queue.keys() if self._is_over(job)}:
             states = self._accounting()
             for job in unlisted:
-                self._info_dict[job] = states.get(job, {"State": "GONE"})
+                told = states.get(job, {}).get("State", "").partition(" ")[0].upper()
+                # The queue decides: PREEMPTED may be the last state of a job, and accounting may know no end of one.
+                self._info_dict[job] = states[job] if told in ENDED else {"State": f"GONE {told}".strip()}
         self._finished |= {job for job in jobs if self.is_done(job, mode="cache")}
 
     def _is_over(self, job: str) -> bool:
@@ -107,8 +113,9 @@ def jobs_end_alone() -> Iterator[None]:
     """In this context a launcher of submitit returns the result of each of its jobs.
 
     Without it the launcher raises the error of the first job that has failed, while other jobs of the array still wait.
+    Jobs in a queue outlive an interrupted command; a line on stderr names those that do.
     """
-    results = core.Job.results
+    results, watcher = core.Job.results, QueueWatcher()
 
     def results_or_failure(job: Any) -> list[Any]:
         try:
@@ -118,8 +125,17 @@ def jobs_end_alone() -> Iterator[None]:
             failed._return_value = error if job.paths.result_pickle.exists() else _death(job)
             return [failed]
 
-    with patch.object(SlurmJob, "watcher", QueueWatcher()), patch.object(core.Job, "results", results_or_failure):
-        yield
+    with patch.object(SlurmJob, "watcher", watcher), patch.object(core.Job, "results", results_or_failure):
+        try:
+            yield
+        except KeyboardInterrupt:
+            if arrays := " ".join(watcher.left()):
+                print(
+                    f"peftsweep: the jobs of {arrays} go on, and the same command waits for them; "
+                    f"scancel {arrays} ends them",
+                    file=sys.stderr,
+                )
+            raise
 
 
 def _death(job: Any) -> WorkerDied:

@@ -372,7 +372,7 @@ def _plan_row(one: Trial, foreseen: Forecast, stand_in: Trial, times: Timing) ->
         "trial": trial_done.folder(stand_in).name,
         "label": one.label,
         "name": one.name,
-        "state": held.status.name if held and not one.config.force and not outdated else "same" if same else "new",
+        "state": held.status.name if held and not trial_done.anew(one) and not outdated else "same" if same else "new",
         "outdated": outdated,
         "trainable_parameters": foreseen.trainable_parameters,
         "total_parameters": foreseen.total_parameters,

@@ -98,12 +98,9 @@ def _inline(queue: deque[Job], budget: Budget, display: Display, options: Option
             queue.appendleft(rest)
         views = [display.trial(one.name) for one in job]
         try:
-            results = _run_job(job, views, options) if len(job) > 1 else [_run_when_free(job[0], views[0], display)]
-        except claims.Claimed:  # one of several, so that the others go on alone
-            for view in views:
-                view.drop()
-                display.uncount()
-            budget.give_back(len(job))
+            results = _run_in_turn(job, views, display, budget) if len(job) == 1 else _run_job(job, views, options)
+        except claims.Claimed:  # one of several, so that the others go on alone, or one until after the deadline
+            _retract(views, display, budget)
             queue.extendleft([one] for one in reversed(job))
             continue
         for one, view, result in zip(job, views, results, strict=True):
@@ -112,17 +109,27 @@ def _inline(queue: deque[Job], budget: Budget, display: Display, options: Option
             yield one, result
 
 
-def _run_when_free(trial: Trial, view: TrialView, display: Display) -> Result:
+def _retract(views: Sequence[TrialView], display: Display, budget: Budget) -> None:
+    """Undo the start of trials that have not run."""
+    for view in views:
+        view.drop()
+        display.uncount()
+        budget.give_back(1)
+
+
+def _run_in_turn(job: Job, views: Sequence[TrialView], display: Display, budget: Budget) -> list[Result]:
     announced = False
     while True:
         try:
             with process_state_kept():
-                return task.run(trial, view)
+                return [task.run(job[0], views[0])]
         except claims.Claimed as claimed:
+            if budget.late(job):
+                raise
             if not announced:
                 display.say(f"    waits: {claimed}")
             announced = True
-            view.stage("run by another process")
+            views[0].stage("run by another process")
             time.sleep(CLAIM_RETRY_SECONDS)
 
 
@@ -145,17 +152,19 @@ class Budget:
 
     def begin(self) -> None:
         """Start another batch of trials, whose seconds may differ from those of the last one."""
-        self._took.clear()
-        self._off.clear()
+        self._took, self._off = [], []
 
     def take(self, wanted: int, job: Sequence[Trial] = ()) -> int:
         """The number of the ``wanted`` trials of ``job`` that may start now; they are counted as started."""
-        elapsed = time.monotonic() - self._begun
-        late = self._options.deadline is not None and elapsed + self.estimate(job) > self._options.deadline
         limit = self._options.limit
-        room = 0 if late else wanted if limit is None else min(wanted, limit - self._started)
+        room = 0 if self.late(job) else wanted if limit is None else min(wanted, limit - self._started)
         self._started += room
         return room
+
+    def late(self, job: Sequence[Trial] = ()) -> bool:
+        """Whether ``job`` would end after the deadline, if it started now."""
+        elapsed = time.monotonic() - self._begun
+        return self._options.deadline is not None and elapsed + self.estimate(job) > self._options.deadline
 
     def give_back(self, count: int) -> None:
         """Uncount trials that have not run."""
@@ -264,14 +273,8 @@ def _in_pool(
     later: list[tuple[float, Job]] = []  # postponed jobs, each with the time from which it may be tried again
     waiting = set[str]()  # identities of trials that other processes run
 
-    def retract(view: TrialView) -> None:
-        view.drop()
-        display.uncount()
-        budget.give_back(1)
-
     def postpone(worker: _Worker, seconds: float) -> None:
-        for view in worker.views:
-            retract(view)
+        _retract(worker.views, display, budget)
         later.extend((time.monotonic() + seconds, [one]) for one in worker.take())
 
     def wait_for(trial: Trial, worker: _Worker, reason: str) -> None:
@@ -285,9 +288,10 @@ def _in_pool(
         due = [one for when, one in later if when <= now]
         later = [(when, one) for when, one in later if when > now]
         for job in due:
-            if waiting.isdisjoint(one.identity for one in job) or not any(map(_held_elsewhere, job)):
+            held = [one for one in job if claims.claimed(done.folder(one).parent, one.identity) is claims.Claim.held]
+            if not held or waiting.isdisjoint(one.identity for one in job):
                 queue.append(job)
-            else:
+            elif not budget.late(job):
                 later.append((now + CLAIM_RETRY_SECONDS, job))
         _assign_jobs(queue, pool, budget, display, options)
         busy = [worker for worker in pool if worker.job]
@@ -306,7 +310,7 @@ def _in_pool(
                 members = list(zip(worker.take(), worker.views, strict=True))
                 for one, view in members:
                     if (found := worker.before.record(one, new=outcome != "done")) is None:  # it had not begun
-                        retract(view)
+                        _retract([view], display, budget)
                         later.append((now, [one]))
                         continue
                     budget.spend(found)
@@ -343,10 +347,6 @@ def _assign_jobs(queue: deque[Job], pool: list[_Worker], budget: Budget, display
             if rest := whole[room:]:
                 queue.appendleft(rest)
             worker.give(job, [display.trial(one.name) for one in job], options)
-
-
-def _held_elsewhere(trial: Trial) -> bool:
-    return claims.claimed(done.folder(trial).parent, trial.identity) is claims.Claim.held
 
 
 def _ended(worker: _Worker, options: Options) -> tuple[str, str] | None:

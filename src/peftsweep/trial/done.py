@@ -10,12 +10,33 @@ from omegaconf import OmegaConf
 
 from peftsweep.config.compose import Trial
 from peftsweep.forecast import forecast
-from peftsweep.study import record, rungs, store
+from peftsweep.study import record, rungs, store, sweep_record
 from peftsweep.study.atomic import make_way
-from peftsweep.study.reading import Unreadable, read_yaml
+from peftsweep.study.reading import Unreadable, read_text, read_yaml
 from peftsweep.study.record import Result, Status
 from peftsweep.study.trust import as_text
 from peftsweep.trial import mended
+
+FORCED = ".forced"  # in a trial's folder: the token of the last command with force=true that began the trial
+
+
+def anew(trial: Trial) -> bool:
+    """Whether force=true applies: what the study holds of the trial is from before this command.
+
+    A job that is requeued and a trial whose worker has died are further attempts of one command. They go on from the
+    checkpoint of the attempt before, or a training longer than the time limit of a job would never end.
+    """
+    if not trial.config.force:
+        return False
+    try:
+        return not (token := sweep_record.command_token()) or read_text(folder(trial) / FORCED) != token
+    except Unreadable:
+        return True
+
+
+def mark_forced(place: Path) -> None:
+    """Note that from now on the trial's folder ``place`` holds what this command has made."""
+    record.write_text(place / FORCED, sweep_record.command_token())
 
 
 def folder(trial: Trial) -> Path:
@@ -48,7 +69,7 @@ def _recognised(trial: Trial, held: Result, key: str, earlier: str) -> bool:
 
 def outdated(trial: Trial) -> str | None:
     """Why the numbers of the trial's record, which an earlier version wrote, are wrong; None if they are not."""
-    held = None if trial.config.force else store.result(folder(trial))
+    held = None if anew(trial) else store.result(folder(trial))
     return None if held is None else _fault(held)
 
 
@@ -58,7 +79,7 @@ def _fault(held: Result) -> str | None:
 
 def damaged(trial: Trial) -> str | None:
     """The damage of the trial's files, because of which it is run again; None if there is no damage."""
-    return None if trial.config.force else store.damage(folder(trial))
+    return None if anew(trial) else store.damage(folder(trial))
 
 
 def trained(trial: Trial) -> Result | None:
@@ -126,7 +147,7 @@ class Before:
 
 def done_before(trial: Trial) -> Result | None:
     """The result of this trial from an earlier run, if it is still valid."""
-    done = None if trial.config.force else store.result(folder(trial))
+    done = None if anew(trial) else store.result(folder(trial))
     if done is None or not done.status.done or _fault(done) or damaged(trial):
         return None
     return done if _is_far_enough(trial, done) else None

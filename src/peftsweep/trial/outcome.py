@@ -28,7 +28,7 @@ from peftsweep.study.atomic import make_way, persistently, remove_partials
 from peftsweep.study.reading import Unreadable
 from peftsweep.study.record import Result, Status
 from peftsweep.training.run import Trained
-from peftsweep.trial.done import Refused, folder, hydra_files
+from peftsweep.trial.done import FORCED, Refused, anew, folder, hydra_files, mark_forced
 
 log = logging.getLogger(__name__)
 
@@ -171,15 +171,16 @@ def begin(trial: Trial, place: Path) -> Result:
         make_way(place / name, folder=True)
     place.mkdir(parents=True, exist_ok=True)
     words = hydra_files(trial)
-    for name in (record.RESULT, record.STEPS, "generation.jsonl", "trial.log", *words):
+    for name in (record.RESULT, record.STEPS, "generation.jsonl", "trial.log", FORCED, *words):
         make_way(place / name)
     for part in ("predictions", store.ADAPTER, store.MERGED):
         for file in list((place / part).glob("*.*")):
             make_way(file)
     (place / record.RESULT).unlink(missing_ok=True)  # the record of a failed attempt
     remove_partials(place, own=True)
-    if trial.config.force:
+    if anew(trial):
         shutil.rmtree(place / store.CHECKPOINTS, ignore_errors=True)
+        mark_forced(place)
     for name, text in words.items():
         record.write_text(place / name, text)
     on_gpu = model.device(trial.config.device).type == "cuda"

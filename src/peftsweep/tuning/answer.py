@@ -24,6 +24,7 @@ from peftsweep.tuning.search import Point, Space, Spent, Tuned, Until
 from peftsweep.tuning.space import Plan, check_lists, plan, space
 from peftsweep.tuning.trials import Clock, Launch, Trials, earlier_seconds, headline
 
+OF_THE_RUN = ("study", "label", "quiet", "force", "price")  # keys that change nothing of what a search finds
 PLACEBO_SEED = 1000  # difference between the seeds of the placebo and those of the other contestants
 
 
@@ -46,8 +47,9 @@ class TuningCommand:
 
     @property
     def hash(self) -> str:
-        """A hash of the command without its budget."""
-        return content_hash([sorted(self.base_words), sorted(self.trials), asdict(self.any.config.tune)])
+        """A hash of what is searched: of the command without its budget, the study's name, and how it is run."""
+        own = [word for word in self.base_words if word.lstrip("+~").partition("=")[0] not in OF_THE_RUN]
+        return content_hash([sorted(own), sorted(self.trials), asdict(self.any.config.tune)])
 
 
 @dataclass

@@ -17,7 +17,7 @@ NAMED = 3  # trials of a cause that a sentence names; answer.json names MAX_TRIA
 MAX_TRIALS = 100  # of a cause, that answer.json names
 NUMBER = re.compile(r"\d[\d.,]*(e[+-]?\d+)?")  # what differs between messages of one cause
 # How the end of a message begins that says itself what to change.
-ADVICE = re.compile(r"; (?=(?:try|take|lower) |\S+=float16 overflows)")
+ADVICE = re.compile(r"; (?=(?:try|take|lower|run) |\S+=float16 overflows)")
 # What to change, by the status or the beginning of the error; the first that fits.
 BY_STATUS = {
     "cancelled": "The same command goes on from where it was interrupted",
@@ -32,10 +32,13 @@ BY_ERROR = (
         r"(?i)no space left|disk quota",
         "Free some disk space (peftsweep-collect --prune lists what can go), then run it again",
     ),
-    (r"(?i)longer than .*timeout|timed? ?out", "Raise hydra.launcher.timeout, or make the trial smaller"),
     (
-        r"(?i)died|killed|signal \d|lost",
-        "Run the same command again; hydra.launcher.retries=1 tries once more by itself",
+        r"(?i)longer than .*timeout|timed?[ -]?out",
+        "Raise hydra.launcher.timeout (on clusters the launcher's own, such as timeout_min), or make the trial smaller",
+    ),
+    (
+        r"(?i)died|killed|terminated|crashed|signal \d|lost",
+        "Run the same command again; on this machine hydra.launcher.retries=1 tries once more by itself",
     ),
     (r"(?i)ConnectionError|offline|resolve host|couldn't connect", "Check the network, or give a local folder or file"),
     (r"^InputError", "Correct the key that the cause names"),
