@@ -86,6 +86,16 @@ def without_waiting_for_the_disk() -> Iterator[None]:
 
 
 @pytest.fixture(scope="session", autouse=True)
+def without_model_cards() -> Iterator[None]:
+    """PEFT renders a README.md beside each adapter, which no test reads: a twentieth of a small trial."""
+    import peft
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(peft.PeftModel, "create_or_update_model_card", lambda *_: None)
+        yield
+
+
+@pytest.fixture(scope="session", autouse=True)
 def without_stacks_of_seeds() -> Iterator[None]:
     """No stack is kept of a call that sets a seed, as torch does for devices that are not used yet: 2% of the time."""
     import torch

@@ -6,6 +6,7 @@ Hydra's grammar has characters of its own, so that a path or a template may need
 from __future__ import annotations
 
 import argparse
+import functools
 import math
 import re
 import sys
@@ -111,7 +112,7 @@ def checked(words: Sequence[str], conf: Path) -> list[str]:
     Raises:
         InputError: a word cannot be read, or chooses none of a group's options; the line names it.
     """
-    options = {name: action for action in get_args_parser()._actions for name in action.option_strings}
+    options = _hydra_options()
     groups = {folder.name: folder for folder in conf.iterdir() if folder.is_dir() and folder.name != "hydra"}
     for word, after in pairwise(words):
         if "=" in word and word.endswith(",") and "=" not in after and not after.startswith(("-", "~")):
@@ -220,9 +221,20 @@ def _check_folders(word: str, places: Sequence[str]) -> None:
             raise InputError(f"{word}: no such folder: {place}")
 
 
+@functools.cache
+def _hydra_options() -> dict[str, argparse.Action]:
+    return {name: action for action in get_args_parser()._actions for name in action.option_strings}
+
+
+@functools.lru_cache(maxsize=4096)
+def _read(word: str) -> Override:
+    """A word as Hydra reads it, which takes milliseconds; the words of a command are checked several times."""
+    return OverridesParser.create().parse_overrides([word])[0]
+
+
 def _parsed(word: str) -> Override:
     try:
-        return OverridesParser.create().parse_overrides([word])[0]
+        return _read(word)
     except (HydraException, ValueError) as error:
         key, _, value = word.partition("=")
         if value.strip().startswith(",") or value.strip().endswith(",") or re.search(r",\s*,", value):

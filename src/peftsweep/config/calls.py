@@ -175,7 +175,7 @@ def _no_option(key: str, method: str, known: list[str]) -> InputError:
 
 
 def _check_optimizer(options: Mapping[str, Any], make: Callable[..., Any]) -> None:
-    known = inspect.signature(make).parameters
+    known = _signature(make).parameters
     takes_all = any(one.kind is inspect.Parameter.VAR_KEYWORD for one in known.values())
     for name in options:
         if name in SET_BY_OTHER_KEYS:
@@ -257,7 +257,7 @@ def check_call(node: Mapping[str, Any], key: str, provided: Iterable[str] = (), 
             for inner, one in value.items():
                 check_call(one, f"{key}.{name}.{inner}", provided=("prediction", "answer"))
         elif name in hints and not re.fullmatch(EXTRA_VALUES.get(name, ""), str(value)):
-            default = inspect.signature(function).parameters[name].default
+            default = _signature(function).parameters[name].default
             if value is None and f"{key}.{name}" in NEVER_NULL:
                 raise InputError(f"{key}.{name}=null: must be a number")
             if not (value is None and default is None):  # some defaults are None against their annotation
@@ -267,7 +267,7 @@ def check_call(node: Mapping[str, Any], key: str, provided: Iterable[str] = (), 
 def _check_signature(function: Callable[..., Any], provided: Sequence[str], target: str) -> None:
     """Refuse a function that takes fewer arguments than peftsweep passes."""
     kinds = inspect.Parameter
-    takes = inspect.signature(function).parameters.values()
+    takes = _signature(function).parameters.values()
     if any(one.kind in (kinds.VAR_POSITIONAL, kinds.VAR_KEYWORD) for one in takes):
         return
     if len(takes) < len(provided):
@@ -346,7 +346,7 @@ def numbers_taken(function: Any) -> dict[str, limits.Option]:
     known = str(getattr(function, "__module__", "")).partition(".")[0] in ("peft", "peftsweep")
     hints = argument_types(function)
     kinds = {name: number_types(hints[name]) for name in _parameters(function) if name in hints}
-    defaults = {name: inspect.signature(function).parameters[name].default for name in kinds}
+    defaults = {name: _signature(function).parameters[name].default for name in kinds}
     return {
         name: limits.Option.of_type(whole=float not in kind, default=defaults[name], known=known)
         for name, kind in kinds.items()
@@ -362,9 +362,14 @@ def number_types(hint: Any) -> set[type]:
 
 
 @functools.cache
+def _signature(function: Any) -> inspect.Signature:
+    return inspect.signature(function)
+
+
+@functools.cache
 def _parameters(function: Any) -> list[str]:
     variadic = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
-    return [name for name, p in inspect.signature(function).parameters.items() if p.kind not in variadic]
+    return [name for name, p in _signature(function).parameters.items() if p.kind not in variadic]
 
 
 @functools.cache

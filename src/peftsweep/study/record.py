@@ -388,8 +388,7 @@ def environment(*, gpus: bool = True) -> dict[str, Any]:
 
 def git() -> dict[str, Any]:
     """Commit and branch of the working directory, and whether it has changes; ``category`` is ``main`` or ``test``."""
-    commit = _git("rev-parse", "HEAD")
-    branch = _git("rev-parse", "--abbrev-ref", "HEAD")
+    commit, branch = (_git("rev-parse", "HEAD", "--abbrev-ref", "HEAD") or "").split() or (None, None)
     dirty = None if commit is None else bool(_git("status", "--porcelain", "--untracked-files=no"))
     category = "main" if branch == "main" and dirty is False else "test"
     return {"git_commit": commit, "git_branch": branch, "git_dirty": dirty, "category": category}

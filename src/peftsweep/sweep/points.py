@@ -72,7 +72,9 @@ class Points:
         key = (tuple(word for word in words if word not in own), tuple(own.values()))
         if key not in self._families:
             point, choices = self.compose(words)
-            self._families[key] = _Family(point, configuration.filled(copy.deepcopy(point), choices, list(words)))
+            self._families[key] = _Family(
+                point, configuration.filled(configuration.copied(point), choices, list(words))
+            )
         try:
             return self._families[key].member({name: values[word].value() for word, name in own.items()}, words)
         except OmegaConfBaseException:
@@ -86,7 +88,7 @@ class Points:
             if not all(map(_is_change, values.values())):
                 raise ValueError("only Hydra itself can add and delete keys")
             base = self._base(groups)
-            point = copy.deepcopy(base.config)
+            point = configuration.copied(base.config)
             for word in words:
                 if word in values:
                     OmegaConf.update(point, values[word].key_or_group, values[word].value())
@@ -170,7 +172,7 @@ class _Base:
 
     def __init__(self, whole: DictConfig) -> None:
         self.whole = whole
-        self.config = copy.deepcopy(whole)  # without Hydra's own node
+        self.config = configuration.copied(whole)  # without Hydra's own node
         OmegaConf.set_struct(self.config, False)
         self.config.pop("hydra", None)
         OmegaConf.set_struct(self.config, True)

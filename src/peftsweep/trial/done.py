@@ -5,8 +5,10 @@ from __future__ import annotations
 import os
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
-from omegaconf import OmegaConf
+import yaml
+from omegaconf._utils import get_omega_conf_dumper
 
 from peftsweep.config.compose import Trial
 from peftsweep.forecast import forecast
@@ -189,9 +191,15 @@ class Oversized(Refused):
 def hydra_files(trial: Trial) -> dict[str, str]:
     """The files that Hydra would write: the composed configuration and the words of the command line."""
     return {
-        ".hydra/config.yaml": OmegaConf.to_yaml(as_text(trial.tree)),
-        ".hydra/overrides.yaml": OmegaConf.to_yaml(store.with_own_options(trial.overrides)),
+        ".hydra/config.yaml": _as_yaml(as_text(trial.tree)),
+        ".hydra/overrides.yaml": _as_yaml(store.with_own_options(trial.overrides)),
     }
+
+
+def _as_yaml(plain: Any) -> str:
+    """The text that ``OmegaConf.to_yaml`` makes of plain values, without a container of OmegaConf made of them."""
+    own = get_omega_conf_dumper()  # quotes texts that look like numbers
+    return str(yaml.dump(plain, default_flow_style=False, allow_unicode=True, sort_keys=False, Dumper=own))
 
 
 def _repair_hydra_files(trial: Trial, place: Path) -> None:
