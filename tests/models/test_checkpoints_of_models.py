@@ -26,7 +26,7 @@ from peftsweep.config import build
 from peftsweep.config.compose import Trial
 from peftsweep.evaluation import decoding
 from peftsweep.forecast import forecast
-from peftsweep.models import attach, model, probe
+from peftsweep.models import attach, model, parts, probe
 from peftsweep.models import saved as models_saved
 from peftsweep.schema import Dtype, ModelConfig, TargetsConfig, Task
 from peftsweep.study.record import Result, Status
@@ -404,6 +404,79 @@ def test_a_checkpoint_of_more_layers_than_its_configuration_says_is_refused(tmp_
         model.load(config_of(folder), None, CPU)
     (folder / "config.json").write_text(json.dumps(model_config | {"num_nextn_predict_layers": 1}))
     model.load(config_of(folder), None, CPU)
+
+
+@pytest.mark.parametrize("shards", [1, 2])
+def test_a_head_of_its_own_is_counted_and_kept_where_the_configuration_ties_it(
+    compose: Compose, tmp_path: Path, shards: int
+) -> None:
+    """transformers does not tie them then; the plan would lack the head, and a saved model's configuration be wrong."""
+
+    def check(head: torch.Tensor | None) -> tuple[int | None, Any]:
+        folder = tmp_path / str(head is None) / str(head is not None and head.sum().item())
+        write("llama", folder, tie_word_embeddings=True)
+        weights = load_file(folder / "model.safetensors")
+        weights["lm_head.weight"] = weights["model.embed_tokens.weight"].clone() if head is None else head
+        if shards == 1:
+            save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+        else:
+            (folder / "model.safetensors").unlink()
+            places = {name: f"model-0000{1 + (name == 'lm_head.weight')}-of-00002.safetensors" for name in weights}
+            for file in set(places.values()):
+                own = {name: weights[name] for name in weights if places[name] == file}
+                save_file(own, folder / file, metadata={"format": "pt"})
+            (folder / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": places}))
+        planned = forecast.check(compose("model=causal_lm", f"model.name_or_path={folder}", "method=full"))
+        return planned.total_parameters, model.load(config_of(folder), None, CPU)
+
+    own = torch.randn(533, 32)
+    total, base = check(own)
+    assert total == parts.count(base).total == 60896 - 8192
+    assert (base.lm_head.weight.float() - own).abs().max() < 0.02  # in the usual 16 bits
+    assert not base.config.tie_word_embeddings
+    base.save_pretrained(tmp_path / "saved")
+    assert not AutoConfig.from_pretrained(tmp_path / "saved").tie_word_embeddings
+    total, base = check(None)
+    assert total == parts.count(base).total == 60896 - 8192 - 533 * 32
+    assert base.lm_head.weight is base.model.embed_tokens.weight
+
+
+@pytest.mark.parametrize("scales", ["weight_scale", "weight_scale_inv", "SCB", "weight.absmax"])
+def test_quantised_weights_are_not_taken_for_plain_ones(scales: str, tmp_path: Path) -> None:
+    folder = write("llama", tmp_path / "llama")
+    weights, name = load_file(folder / "model.safetensors"), f"{LAYER}.q_proj"
+    scale = weights[f"{name}.weight"].abs().max() / 448
+    weights[f"{name}.weight"] = (weights[f"{name}.weight"] / scale).to(torch.float8_e4m3fn)
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+    model.load(config_of(folder), None, CPU)  # a plain cast, without scales
+    weights[f"{name}.{scales}"] = scale.reshape(1)
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(InputError, match=rf"weights are quantised, with their scales beside them \({name}\.{scales}\)"):
+        model.load(config_of(folder), None, CPU)
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+def test_plain_weights_that_the_configuration_calls_quantised_are_refused(bits: int, tmp_path: Path) -> None:
+    folder = write("llama", tmp_path / "llama")
+    stated = BitsAndBytesConfig(load_in_4bit=bits == 4, load_in_8bit=bits == 8).to_dict()
+    described = json.loads((folder / "config.json").read_text()) | {"quantization_config": stated}
+    (folder / "config.json").write_text(json.dumps(described))
+    with pytest.raises(
+        InputError, match=rf"stored in {bits} bits \(quantization_config\), but model\.layers\.0\..* is not"
+    ):
+        model.load(config_of(folder), None, CPU)
+
+
+def test_what_a_configuration_asks_of_every_call_is_no_part_of_the_model(tmp_path: Path) -> None:
+    folder = write("llama", tmp_path / "llama")
+    described = json.loads((folder / "config.json").read_text())
+    wanted = {"return_dict": False, "output_hidden_states": True, "output_attentions": True}
+    (folder / "config.json").write_text(json.dumps(described | wanted))
+    base: Any = model.load(config_of(folder, dtype=Dtype.float32), None, CPU)
+    assert probe.probe(base).padded_batches
+    output = base(input_ids=torch.full((1, 4), 7))
+    assert output.hidden_states is output.attentions is None
+    assert torch.equal(output.logits, make("llama")(input_ids=torch.full((1, 4), 7)).logits)
 
 
 LAYER = "model.layers.1.self_attn"

@@ -9,14 +9,14 @@ from typing import Any
 import pytest
 import torch
 import yaml
-from peft import LoHaConfig, LoraConfig
-from transformers import AutoConfig, BitsAndBytesConfig
+from peft import LoHaConfig, LoraConfig, PeftModel
+from transformers import AutoConfig, AutoModelForCausalLM, BitsAndBytesConfig
 
 from peftsweep import InputError
 from peftsweep.config.fill import conf_dir
 from peftsweep.models import attach, coverage, model, parts, saved
 from peftsweep.schema import Init, ModelConfig, TargetsConfig
-from tests.architectures import ARCHITECTURES, SIZES, make
+from tests.architectures import ARCHITECTURES, SIZES, make, small_config
 from tests.conftest import records
 
 ROLES = yaml.safe_load((Path(conf_dir()) / "model" / "causal_lm.yaml").read_text())["roles"]
@@ -121,6 +121,26 @@ def test_shared_experts_are_not_taken_for_experts(tmp_path: Path) -> None:
     ids = torch.arange(5, 25)[None]
     with torch.no_grad():
         assert torch.allclose(adapted.eval()(input_ids=ids).logits, again(input_ids=ids).logits, atol=1e-6)
+
+
+@pytest.mark.parametrize(("kind", "names"), [("dots1", "down_proj, gate_proj, up_proj"), ("qwen2_moe", "")])
+def test_an_adapter_that_peft_itself_would_load_otherwise_has_a_warning(
+    kind: str, names: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    def base() -> Any:
+        torch.manual_seed(0)
+        return AutoModelForCausalLM.from_config(small_config(kind), dtype=torch.float32).eval()
+
+    adapted: Any = attach.attach(
+        base(), LoraConfig(r=2, init_lora_weights=False), TargetsConfig(all_linear=True), ROLES
+    )
+    warnings = [record.getMessage() for record in caplog.records if "PEFT itself takes" in record.getMessage()]
+    assert [names in line for line in warnings] == [True] * bool(names)
+    saved.save(adapted, tmp_path)
+    ids = torch.arange(5, 25)[None]
+    with torch.no_grad():
+        loaded = PeftModel.from_pretrained(base(), str(tmp_path)).eval()(input_ids=ids).logits
+        assert torch.allclose(adapted.eval()(input_ids=ids).logits, loaded, atol=1e-5) == (not names)
 
 
 def test_a_method_that_cannot_adapt_experts_says_so() -> None:

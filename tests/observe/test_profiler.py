@@ -29,6 +29,7 @@ from peftsweep.observe import flops as observe_flops
 from peftsweep.observe import profiler
 from peftsweep.observe import timeline as observe_timeline
 from peftsweep.schema import ModelConfig, TargetsConfig
+from tests import architectures
 
 CPU = torch.device("cpu")
 ROWS, WIDTH, HIDDEN = 64, 256, 512
@@ -286,6 +287,44 @@ def test_fused_attention_does_the_work_of_plain_attention_and_one_product_again(
     config = model.architecture(ModelConfig(name_or_path="tiny"))
     product = 2 * 4 * 24 * 24 * config.hidden_size * config.num_hidden_layers  # rows, tokens, tokens, all heads
     assert lora_flops("none", "sdpa") - lora_flops("none", "eager") == product
+
+
+@pytest.mark.parametrize("target", ["frozen experts", "adapted experts"])
+def test_the_experts_of_each_token_are_counted_and_no_others(target: str) -> None:
+    def count(per_token: int, experts: int) -> int:
+        sizes = {"num_experts_per_tok": per_token, "num_experts": experts, "num_local_experts": experts}
+        base = architectures.make("qwen3_moe", **sizes)
+        roles = ["experts"] if target == "adapted experts" else ["q"]
+        adapted = attach.attach(base, LoraConfig(r=4), TargetsConfig(roles=roles), {}).train()
+        batch = batches.collate([tokens.Tokens(list(range(5, 29)), 8)] * 4, pad_id=0)
+
+        def run(steps: int, after_step: Callable[[], None]) -> None:
+            for _ in range(steps):
+                losses.answer_losses(adapted, batch).sum().backward()
+                after_step()
+
+        return sum(observe_flops.count_flops(run, settle=1, active=1).values())
+
+    hidden, inner, layers, rows = 32, 16, 2, 4 * 24
+    forward = 2 * rows * (3 * hidden * inner)  # gate, up and down of one expert
+    if target == "frozen experts":
+        assert count(2, 4) - count(1, 4) == layers * forward * 2  # and the gradient of its input
+        router = 2 * rows * hidden * 4  # of four experts more
+        assert count(2, 8) - count(2, 4) == layers * router * 2
+    else:  # the gradient of the weights too, and the first layer's input needs none
+        without = 2 * rows * (2 * hidden * inner)  # of gate and up
+        assert count(2, 4) - count(1, 4) == layers * forward * 3 - without
+
+
+@pytest.mark.parametrize(
+    ("left", "right"),
+    [((6, 8), (2, 8, 4)), ((6, 8), (8, 4)), ((2, 6, 8), (8, 4)), ((2, 3, 8), (2, 8, 4))],
+    ids=["rows", "inner", "columns", "batch"],
+)
+def test_a_product_in_groups_does_the_work_of_its_parts(left: tuple[int, ...], right: tuple[int, ...]) -> None:
+    one, other = torch.ones(left, dtype=torch.bfloat16), torch.ones(right, dtype=torch.bfloat16)
+    formula = observe_flops.flop_formulas()[torch.ops.aten._grouped_mm]
+    assert formula(one, other) == 2 * 6 * 8 * 4
 
 
 @pytest.mark.parametrize("name", ["int8_linear_matmul", "int8_scaled_mm", "int8_mixed_scaled_mm"])

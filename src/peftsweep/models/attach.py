@@ -35,7 +35,7 @@ from peftsweep.models.parts import (
     text_part,
     trainable_parameters,
 )
-from peftsweep.models.saved import keep_dtype, names_as_written
+from peftsweep.models.saved import keep_dtype, names_as_written, warn_of_misread
 from peftsweep.schema import TargetsConfig
 
 LONGEST = 300  # characters of a message of PEFT that are kept, as it may print a whole module
@@ -148,6 +148,7 @@ def attach(
         method.adapters = {str(n): path for n, path in enumerate(method.adapters.values())}  # it needs numbers as names
         method.hidden_size = config.hidden_size
         base.config.use_cache = False
+    warn_of_misread(method, base)
     put: Any = partial(get_peft_model, autocast_adapter_dtype=float32)
     try:
         with names_as_written(), compatibility.options_as_given():

@@ -33,6 +33,7 @@ from peftsweep.models.parts import (
     base_of,
     classifies,
     defer_router_loss,
+    has_own_head,
     head_names,
     left_out,
     never_called,
@@ -40,7 +41,7 @@ from peftsweep.models.parts import (
     text_part,
     weight_count,
 )
-from peftsweep.models.quantised.layers import is_quantised
+from peftsweep.models.quantised.layers import is_quantised, not_quantised
 from peftsweep.schema import Init, ModelConfig, Task
 from peftsweep.study import store
 
@@ -120,6 +121,8 @@ def architecture(model: ModelConfig) -> transformers.PreTrainedConfig:
             f"model.name_or_path={model.name_or_path}: is an encoder with a decoder (model_type {found.model_type}), "
             "which no task supports; must be a decoder, or an encoder"
         )
+    for config in (found, text_config(found)):  # what its author's calls were to return is no part of the model
+        config.return_dict, config.output_hidden_states, config.output_attentions = True, False, False
     return cast(transformers.PreTrainedConfig, found)
 
 
@@ -231,6 +234,10 @@ def _shape(model: ModelConfig, classes: int) -> transformers.PreTrainedConfig:
     config = architecture(model)
     if model.task is Task.seq_cls:
         config.num_labels = classes
+    elif getattr(text_config(config), "tie_word_embeddings", False) and not model.architecture and is_local(model):
+        made_as = AutoModelForCausalLM._model_mapping.get(type(config), None)
+        if has_own_head(Path(source(model)), getattr(made_as, "_tied_weights_keys", None) or {}):
+            config.tie_word_embeddings = text_config(config).tie_word_embeddings = False
     return config
 
 
@@ -372,7 +379,7 @@ def _pretrained(model: ModelConfig, quantization: Any, options: dict[str, Any], 
             raise
     if getattr(base, "_hf_peft_config_loaded", False):
         raise InputError(f"model.name_or_path={model.name_or_path}: {WITH_ADAPTER}")
-    if problem := left_out(base, info["unexpected_keys"]):
+    if problem := left_out(base, info["unexpected_keys"]) or (quantization is None and not_quantised(base)):
         raise InputError(f"model.name_or_path={model.name_or_path}: {problem}")
     lacking = sorted({*info["missing_keys"], *(key for key, *_ in info["mismatched_keys"])})
     if not lacking:

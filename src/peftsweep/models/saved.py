@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import json
+import logging
 import re
 import warnings
 import zipfile
@@ -38,10 +40,13 @@ from peftsweep.study.store import RESIDUAL, WEIGHTS
 # PEFT reads the attribute by its old name whenever it puts an adapter on a model.
 warnings.filterwarnings("ignore", "`is_gradient_checkpointing` is deprecated", FutureWarning)
 
+log = logging.getLogger(__name__)
+
 INITIAL = "initial"  # a folder in a saved adapter: the initial adapter, if its initialisation changed the base
 STEMS = ("model", "pytorch_model")  # the names of weight files that transformers reads begin so
 POINTER = b"version https://git-lfs"  # the first bytes of files that a clone without git-lfs leaves
 SHARED = ("vblora_vector_bank", "prompt_encoder")  # weights of an adapter that are saved once, under other names
+EXPERT_PARTS = ("gate_proj", "up_proj", "down_proj", "w1", "w2", "w3")  # names of experts' layers in transformers 4
 NOT_MERGEABLE = "what the method adds cannot be merged into the weights"
 
 
@@ -213,6 +218,30 @@ def names_as_written() -> Iterator[None]:
     """
     with patch.object(transformers_weight_conversion, "convert_peft_config_for_transformers", lambda *_, **__: None):
         yield
+
+
+def warn_of_misread(method: Any, base: PreTrainedModel) -> None:
+    """Log a warning that names target modules that PEFT without ``names_as_written`` takes for experts, or refuses.
+
+    Such a saved adapter is right in peftsweep, and another one where PEFT itself loads it.
+    """
+    targets = getattr(method, "target_modules", None)
+    if not targets or isinstance(targets, str):
+        return
+    converted = copy.deepcopy(method)
+    try:
+        transformers_weight_conversion.convert_peft_config_for_transformers(converted, base, None)
+        taken = set(targets) - set(converted.target_modules)
+    except ValueError:  # it fuses the parts of experts, and only some of them are named
+        taken = {name for name in targets if name.rpartition(".")[2] in EXPERT_PARTS}
+    if taken:
+        names = ", ".join(sorted({name.rpartition(".")[2] for name in taken}))
+        log.warning(
+            "targets: in %s PEFT itself takes %s of a saved adapter for experts; load it with peftsweep, or merge it "
+            "(adapter.merge=true)",
+            base.config.model_type,
+            names,
+        )
 
 
 @contextmanager

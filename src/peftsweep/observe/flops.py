@@ -66,11 +66,11 @@ def flop_formulas() -> dict[Any, Callable[..., int]]:
 
 
 def _more_formulas() -> dict[Any, Callable[..., int]]:
-    """Formulas that torch's counter lacks: attention on a CPU, products of bitsandbytes and of quanto (if loaded).
+    """Formulas that torch's counter lacks: attention on a CPU, experts, and products of bitsandbytes and quanto.
 
     The backward of its quantised layers multiplies by dequantised weights, which torch counts.
     """
-    aten, bits, quanto = torch.ops.aten, torch.ops.bitsandbytes, torch.ops.quanto
+    aten, bits, quanto, experts = torch.ops.aten, torch.ops.bitsandbytes, torch.ops.quanto, torch.ops.transformers
     formulas = {
         aten._scaled_dot_product_flash_attention_for_cpu: flop_registry[aten._scaled_dot_product_flash_attention],
         aten._scaled_dot_product_flash_attention_for_cpu_backward: flop_registry[
@@ -78,6 +78,8 @@ def _more_formulas() -> dict[Any, Callable[..., int]]:
         ],
     }
     formulas |= {getattr(bits, name): formula for name, formula in BITSANDBYTES.items() if hasattr(bits, name)}
+    formulas |= {getattr(aten, name): formula for name, formula in GROUPED.items() if hasattr(aten, name)}
+    formulas |= {getattr(experts, name): formula for name, formula in GROUPED.items() if hasattr(experts, name)}
     if hasattr(quanto, "qbytes_mm"):
         formulas[quanto.qbytes_mm] = _int8_flops
     return formulas
@@ -95,6 +97,24 @@ def _four_bit_flops(left: torch.Tensor, _packed: torch.Tensor, shape: Sequence[i
     return 2 * left.numel() * int(shape[0])
 
 
+def _grouped_flops(left: torch.Tensor, right: torch.Tensor, *_: Any, **__: Any) -> int:
+    """Of a product in groups, such as one an expert: each row, column or inner index belongs to one of the groups.
+
+    [m, k] and [groups, k, n], or [m, k] and [k, n] in groups of k: 2 m k n. [groups, m, k] and [k, n] likewise.
+    """
+    shared = len(left) if left.dim() > right.dim() else 1
+    return 2 * left.numel() * int(right.shape[-1]) // shared
+
+
+def _grouped_backward_flops(left: torch.Tensor, right: torch.Tensor, *_: Any, **__: Any) -> int:
+    return 2 * _grouped_flops(left, right)  # the gradients of both, whether they are needed or not
+
+
+GROUPED: dict[str, Callable[..., int]] = {  # the products of experts: torch's, and transformers' for older versions
+    "_grouped_mm": _grouped_flops,
+    "grouped_mm_fallback": _grouped_flops,
+    "grouped_mm_fallback_backward": _grouped_backward_flops,
+}
 BITSANDBYTES: dict[str, Callable[..., int]] = {
     "int8_linear_matmul": _int8_flops,
     "int8_scaled_mm": _int8_flops,
@@ -107,6 +127,7 @@ BITSANDBYTES: dict[str, Callable[..., int]] = {
 def uncounted(averages: Sequence[Any]) -> str:
     """The names of operators that look like a matrix product but have no formula; empty if all were counted."""
     known = {"quanto::qbytes_mm", *(f"bitsandbytes::{name}" for name in BITSANDBYTES)}
+    known |= {f"transformers::{name}" for name in GROUPED}
     return " ".join(sorted({e.key for e in averages if PRODUCT.fullmatch(e.key)} - known))
 
 

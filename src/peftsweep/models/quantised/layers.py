@@ -40,6 +40,23 @@ def is_quantised(module: nn.Module) -> bool:
     return bits(module) is not None
 
 
+def not_quantised(base: nn.Module) -> str | None:
+    """What is wrong with a checkpoint whose configuration says that bitsandbytes has quantised it; None if nothing is.
+
+    Where its files hold plain weights, transformers makes quantised layers around them that cannot be called.
+    """
+    for name, module in base.named_modules():
+        weight: Any = module._parameters.get("weight")
+        if not isinstance(module, BITSANDBYTES):
+            continue
+        if getattr(weight, "quant_state" if isinstance(module, Linear4bit) else "SCB", None) is None:
+            return (
+                f"its config.json says that its weights are stored in {bits(module)} bits (quantization_config), but "
+                f"{name} is not; delete quantization_config if the checkpoint is not quantised"
+            )
+    return None
+
+
 def plain_tensors(tensor: torch.Tensor) -> Iterator[torch.Tensor]:
     """The plain tensors inside a tensor subclass; for a plain tensor, the tensor itself."""
     if not is_wrapper(tensor):
