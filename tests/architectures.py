@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import shutil
+import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -104,10 +106,21 @@ def make(kind: str, seed: int = 0, **options: Any) -> PreTrainedModel:
     return made
 
 
+_WRITTEN_IN = tempfile.TemporaryDirectory(prefix="checkpoints-of-tests-")  # removed when the process ends
+_WRITTEN: dict[str, tuple[Path, torch.Tensor]] = {}  # with the state of the random numbers after each was made
+
+
 def write(kind: str, folder: Path, **options: Any) -> Path:
-    """The model as a checkpoint with the embedded tokenizer beside it."""
-    make(kind, **options).save_pretrained(folder)
-    load_tokenizer(ModelConfig(name_or_path="tiny")).save_pretrained(folder)
+    """The model as a checkpoint with the embedded tokenizer beside it; written once a process, and copied."""
+    key = repr((kind, options))
+    if key not in _WRITTEN:
+        place = Path(_WRITTEN_IN.name, str(len(_WRITTEN)))
+        make(kind, **options).save_pretrained(place)
+        load_tokenizer(ModelConfig(name_or_path="tiny")).save_pretrained(place)
+        _WRITTEN[key] = place, torch.get_rng_state()
+    place, state = _WRITTEN[key]
+    torch.set_rng_state(state)  # as if the weights had been drawn now
+    shutil.copytree(place, folder, dirs_exist_ok=True)
     return folder
 
 

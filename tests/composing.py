@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import hashlib
 import os
 import pickle
@@ -19,6 +20,7 @@ from hydra._internal.config_loader_impl import ConfigLoaderImpl, get_overrides_d
 from hydra._internal.sources_registry import SourcesRegistry
 from hydra.core.config_store import ConfigStore
 from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.core.override_parser.types import Override
 from hydra.core.plugins import Plugins
 from hydra.core.utils import JobRuntime
 from hydra.plugins.config_source import ConfigResult, ConfigSource
@@ -111,6 +113,11 @@ def _read_once(read: Callable[[Any, str], ConfigResult]) -> Callable[[ConfigSour
     return load_config
 
 
+@functools.lru_cache(maxsize=4096)
+def _parsed(word: str) -> Override:
+    return OverridesParser.create().parse_overrides([word])[0]
+
+
 def _composed_once(loader: type[ConfigLoaderImpl], kept: Kept) -> Callable[..., DictConfig]:
     """Hydra's method that keeps what it composes of the chosen options.
 
@@ -132,7 +139,7 @@ def _composed_once(loader: type[ConfigLoaderImpl], kept: Kept) -> Callable[..., 
         decides_more = any(word.lstrip("+~").startswith(DECIDES_MORE) or MISSING in word for word in overrides)
         if not places <= {*UNCHANGED} or decides_more:
             return compose(self, config_name, overrides, *how)
-        parsed = OverridesParser.create().parse_overrides(overrides)
+        parsed = [_parsed(word) for word in overrides]
         if validate_sweep_overrides:
             self.validate_sweep_overrides_legal(parsed, run_mode=run_mode, from_shell=from_shell)
         is_group, kept_overrides = self.repository.group_exists, [one for one in parsed if not one.is_sweep_override()]

@@ -131,7 +131,7 @@ def test_a_claim_that_is_dated_ahead_is_waited_for_but_not_for_ever(
 
 
 def test_a_holder_that_was_still_for_too_long_writes_nothing_more(
-    run_small: Run, scratch: Path, monkeypatch: pytest.MonkeyPatch
+    run_unwritten: Run, scratch: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     real = outcome.log_step
 
@@ -142,7 +142,7 @@ def test_a_holder_that_was_still_for_too_long_writes_nothing_more(
 
     monkeypatch.setattr("peftsweep.trial.session.log_step", stolen)
     with pytest.raises(claims.Claimed, match="another process has taken it"):
-        run_small("train.log_every=1")
+        run_unwritten("train.log_every=1")
     (steps,) = Path("multirun/default").glob("*/steps.jsonl")
     assert len(record.read_lines(steps)) == 1
     assert not (steps.parent / "result.json").exists()

@@ -127,20 +127,22 @@ def test_a_halving_that_cannot_be_is_one_line(words: list[str], problem: str, co
 SWEEP = [*UNWRITTEN[1:], "train.steps=9", "dataset.validation_samples=8", "adapter.save=false"]
 SWEEP += ["train.learning_rate=1e-6,1e-5,1e-4,1e-3"]
 HALVING = ["halving.min_steps=1", "method.r=2,4"]
-SIX = [*SWEEP[:-1], "train.learning_rate=1e-6,1e-4,1e-3"]  # six trials have the same two rungs as eight
+# Four trials have two rungs where half of them go on.
+FOUR = [*(word for word in SWEEP[:-1] if "train.steps" not in word), "train.steps=4", "train.learning_rate=1e-6,1e-3"]
+HALF = [*HALVING, "halving.factor=2"]
 
 
 @pytest.fixture
-def six_halved(command: Command, trained_studies: Path) -> str:
-    """What a command of ``SIX`` with ``HALVING`` prints, run once for all tests; its study is copied to this one's."""
-    folder = trained_studies / "six_halved"
+def four_halved(command: Command, trained_studies: Path) -> str:
+    """What a command of ``FOUR`` with ``HALF`` prints, run once for all tests; its study is copied to this one's."""
+    folder = trained_studies / "four_halved"
     with FileLock(f"{folder}.lock"):
         if not folder.exists():
             begun = folder.with_suffix(".begun")
             shutil.rmtree(begun, ignore_errors=True)  # of a test that was interrupted
             begun.mkdir()
             with contextlib.chdir(begun):
-                code, out, err = command(*SIX, *HALVING)
+                code, out, err = command(*FOUR, *HALF)
             assert (code, err) == (0, "")
             (begun / "out.txt").write_text(out)
             begun.rename(folder)
@@ -148,18 +150,18 @@ def six_halved(command: Command, trained_studies: Path) -> str:
     return (folder / "out.txt").read_text()
 
 
-def test_the_best_go_on_and_the_same_command_decides_the_same(six_halved: str, command: Command) -> None:
-    words, out = SIX, six_halved
+def test_the_best_go_on_and_the_same_command_decides_the_same(four_halved: str, command: Command) -> None:
+    words, out = FOUR, four_halved
     found = records()
-    assert sorted(one.train_info["steps"] for one in found.values()) == [1] * 4 + [3] + [9]
-    assert "rung 1: the best 2 of 6 by loss go on" in out
+    assert sorted(one.train_info["steps"] for one in found.values()) == [1] * 2 + [2] + [4]
+    assert "rung 1: the best 2 of 4 by loss go on" in out
     assert "rung 2: the best 1 of 2 by loss go on" in out
-    assert "halving by loss: 16 of 54 steps trained (30%); 5 trials stopped" in out
+    assert "halving by loss: 8 of 16 steps trained (50%); 3 trials stopped" in out
     first = {one.run_info["identity"]: first_loss(one) for one in found.values()}
     assert {key for key, one in found.items() if one.train_info["steps"] > 1} == set(
         sorted(first, key=first.__getitem__)[:2]
     )
-    code, again, _ = command(*words, *HALVING)
+    code, again, _ = command(*words, *HALF)
     assert (code, [line for line in again.splitlines() if line.startswith("[")]) == (0, [])
     assert [line for line in again.splitlines() if "rung" in line] == [
         line for line in out.splitlines() if line[0] == "r"
@@ -172,7 +174,7 @@ def test_the_best_go_on_and_the_same_command_decides_the_same(six_halved: str, c
         if one.config["method"]["r"] == 2 and one.status is Status.stopped
     }
     code, out, _ = command(*words, "method.r=2", "train.eval_every=1")
-    assert (code, out.splitlines()[-1]) == (0, "3 trials: 3 success  (multirun/default)")
+    assert (code, out.splitlines()[-1]) == (0, "2 trials: 2 success  (multirun/default)")
     assert f"{len(stopped)} trials that halving stopped will go on to the end" in out
     assert {key: records()[key].run_info["resumed"] for key in stopped} == stopped
 
@@ -203,13 +205,13 @@ def test_stages_of_rows_train_anew(in_epochs: bool, shares: list[float]) -> None
     assert [stage.end for stage in found] == pytest.approx(shares)
 
 
-def test_rungs_in_packs_are_those_of_the_trials_alone(six_halved: str, command: Command) -> None:
-    words = [*SIX, *HALVING, "study=packed", "hydra.launcher.pack=3", "hydra.launcher.workers=0"]
+def test_rungs_in_packs_are_those_of_the_trials_alone(four_halved: str, command: Command) -> None:
+    words = [*FOUR, *HALF, "study=packed", "hydra.launcher.pack=2", "hydra.launcher.workers=0"]
     code, out, err = command(*words)
     assert (code, err) == (0, "")
     rung_lines = [
         [line.partition("their checkpoints hold")[0] for line in text.splitlines() if line.startswith(("rung", "halv"))]
-        for text in (six_halved, out)
+        for text in (four_halved, out)
     ]
     assert len(rung_lines[0]) >= 3
     assert rung_lines[0] == rung_lines[1]
@@ -218,7 +220,7 @@ def test_rungs_in_packs_are_those_of_the_trials_alone(six_halved: str, command: 
     alone, packed = records(), records("packed")
     assert alone.keys() == packed.keys()
     assert not any(one.run_info.get("packed_with") for one in alone.values())
-    assert sorted(len(one.run_info.get("packed_with", [])) for one in packed.values()) == [0] + [1] + [2] * 4
+    assert sorted(len(one.run_info.get("packed_with", [])) for one in packed.values()) == [0] + [1] * 3
     for key, one in packed.items():
         other = alone[key]
         assert one.status == other.status

@@ -513,7 +513,7 @@ def test_what_ends_an_evaluation_costs_that_evaluation_alone(
     error: type[BaseException], evaluating: Evaluating, run_small: Run, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     words = ["train.log_every=1", "train.checkpoint_every=null", "method=adalora"]
-    words += ["method.tinit=1", "method.tfinal=1", "train.eval_every=2", "train.keep_best=true"]
+    words += ["method.tinit=1", "method.tfinal=1", "train.eval_every=2", "train.keep_best=true", "targets=q"]
     evaluating.victim, evaluating.error = "perplexity", error
     try:
         run_small(*words)
@@ -560,14 +560,15 @@ def test_the_peak_of_a_stage_is_that_of_all_sittings(
 
 def test_kept_evaluations_are_of_the_same_weights_and_rows(evaluating: Evaluating, run_small: Run) -> None:
     evaluating.victim = "perplexity"
+    small = ["targets=q", "eval.tiny_math.max_new_tokens=4"]
     for words in (["train.learning_rate=1e-3"], ["eval.tiny_math.samples=7"]):
         with pytest.raises(KeyboardInterrupt):
-            run_small(*words)
+            run_small(*small, *words)
     assert evaluating.called == ["tiny_math", "perplexity"] * 2
     (kept, _) = Path("multirun/default").glob("*/checkpoints/evaluated-tiny_math.json")
     (kept.parent / "trained.pt").unlink()  # so that the weights are trained anew
     evaluating.called.clear()
-    words = [f"train.learning_rate={Result.read(kept.parents[1]).config['train']['learning_rate']}"]
+    words = [*small, f"train.learning_rate={Result.read(kept.parents[1]).config['train']['learning_rate']}"]
     words += [f"eval.tiny_math.samples={Result.read(kept.parents[1]).config['eval']['tiny_math']['samples']}"]
     with pytest.raises(KeyboardInterrupt):
         run_small(*words)

@@ -46,7 +46,7 @@ def rows() -> list[data_tokens.Tokens]:
 
 def adapted(**options: Any) -> Any:
     torch.manual_seed(0)
-    method = LoraConfig(r=4, target_modules="all-linear", **options)
+    method = LoraConfig(r=4, target_modules=["q_proj", "v_proj", "down_proj"], **options)
     base = model.load(TINY, None, CPU)
     probe.abilities(base)
     return attach.attach(base, method, TargetsConfig(), {})

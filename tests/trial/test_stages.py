@@ -55,15 +55,15 @@ def hungry(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.usefixtures("hungry")
-def test_evaluation_moves_no_peak_but_its_own(run_small: RunSmall) -> None:
-    result = run_small("train.eval_every=2", "dataset.validation_samples=6")
+def test_evaluation_moves_no_peak_but_its_own(run_unwritten: RunSmall) -> None:
+    result = run_unwritten("train.eval_every=2", "dataset.validation_samples=6")
     peak = {name: stage["rss_peak"] for name, stage in result.memory.items() if "rss_peak" in stage}
     for hungry in ("eval", "validate", "baseline"):
         assert peak[hungry] - peak["train"] > BLOCK / 2, hungry
 
 
-def test_the_seconds_of_all_stages_are_those_of_the_trial(run_small: RunSmall) -> None:
-    info = run_small("train.eval_every=2", "dataset.validation_samples=6", "adapter.check=true").train_info
+def test_the_seconds_of_all_stages_are_those_of_the_trial(run_unwritten: RunSmall) -> None:
+    info = run_unwritten("train.eval_every=2", "dataset.validation_samples=6", "adapter.check=true").train_info
     stages = ("setup", "load", "data", "baseline", "attach", "train_stage", "validate", "eval", "save", "reload")
     total = sum(info[f"{name}_seconds"] for name in stages)
     (record,) = Path("multirun/default").glob("*/result.json")
@@ -71,16 +71,16 @@ def test_the_seconds_of_all_stages_are_those_of_the_trial(run_small: RunSmall) -
     assert info["train_seconds"] <= info["train_stage_seconds"]
 
 
-def test_every_evaluation_says_what_it_took(run_small: RunSmall) -> None:
-    result = run_small()
+def test_every_evaluation_says_what_it_took(trained: RunSmall) -> None:
+    result = trained()
     each = [found["seconds"] for found in result.eval_info.values()]
     assert len(each) == 2
     assert sum(each) == pytest.approx(result.train_info["eval_seconds"])
     assert all(found["rss_peak"] > 0 for found in result.eval_info.values())
 
 
-def test_generation_is_timed_for_base_adapted_and_merged(run_small: RunSmall) -> None:
-    result = run_small(*TIMED)
+def test_generation_is_timed_for_base_adapted_and_merged(run_unwritten: RunSmall) -> None:
+    result = run_unwritten(*TIMED)
     for variant in ("base", "adapted", "merged"):
         assert result.generation_info["short"][variant]["generated_tokens"] == 2
     assert result.generation_info["adapter"]["load_seconds_p50"] > 0
@@ -125,9 +125,9 @@ def trial_of(*words: str) -> Trial:
     return make_trial(cfg, cfg.hydra.runtime.choices, words)
 
 
-def test_a_profile_changes_nothing_of_the_trial(run_small: RunSmall) -> None:
-    plain = run_small("adapter.save=false")
-    profiled = run_small("adapter.save=false", "profiler=memory", "profiler.steps=1", "force=true")
+def test_a_profile_changes_nothing_of_the_trial(run_unwritten: RunSmall) -> None:
+    plain = run_unwritten("adapter.save=false")
+    profiled = run_unwritten("adapter.save=false", "profiler=memory", "profiler.steps=1", "force=true")
     assert profiled.train_info["final_loss"] == plain.train_info["final_loss"]
     assert profiled.train_info["profile"]["memory"]["profiled_steps"] == 1
     for name, found in plain.eval_info.items():
@@ -156,11 +156,11 @@ def test_a_profiler_that_fails_costs_no_trial(run_unwritten: RunSmall, monkeypat
     assert result.train_info["profile"]["torch"] == {"error": "RuntimeError: no profiler"}
 
 
-def test_a_tracker_is_told_the_losses_and_the_scores(run_small: RunSmall) -> None:
+def test_a_tracker_is_told_the_losses_and_the_scores(run_unwritten: RunSmall) -> None:
     pytest.importorskip("tensorboard")
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-    result = run_small("tracker=tensorboard")
+    result = run_unwritten("tracker=tensorboard")
     events = EventAccumulator(str(place(result).parent / "tracker/tensorboard" / result.trial))
     events.Reload()
     told = [(event.step, event.value) for event in events.Scalars("loss")]
@@ -250,7 +250,9 @@ def test_every_knob_is_another_trial() -> None:
 
 
 def test_weights_have_the_dtype_asked_for(compose: Compose) -> None:
-    plain, narrow = (forecast.prediction(compose(f"model.dtype={dtype}")) for dtype in ("float32", "bfloat16"))
+    plain, narrow = (
+        forecast.prediction(compose(f"model.dtype={dtype}", "targets=q")) for dtype in ("float32", "bfloat16")
+    )
     assert plain is not None
     assert narrow is not None
     assert narrow.weights_bytes < 0.51 * plain.weights_bytes
@@ -258,10 +260,10 @@ def test_weights_have_the_dtype_asked_for(compose: Compose) -> None:
 
 
 def test_adapters_of_the_base_s_dtype_are_foreseen_as_they_are_made(run_unwritten: RunSmall) -> None:
-    words = ["model.dtype=bfloat16", "train.autocast_adapter_dtype=false"]
+    words = ["model.dtype=bfloat16", "train.autocast_adapter_dtype=false", "targets=q"]
     foreseen = forecast.prediction(trial_of(*words))
     assert foreseen is not None
-    assert foreseen.adapter_bytes == 163_840  # two bytes a weight
+    assert foreseen.adapter_bytes == 16_384  # two bytes a weight
     assert (
         forecast.check(trial_of(*words)).adapter_bytes
         == run_unwritten(*words, "train.steps=2").train_info["adapter_bytes"]
