@@ -136,6 +136,11 @@ ROWS: dict[str, tuple[dict[str, Any], str, tuple[str, str] | None]] = {
     "messages": ({"messages": TURNS, "prompt": "Hello"}, "chat", None),
     "messages as JSON": ({"messages": json.dumps(TURNS)}, "chat", None),
     "conversations": ({"conversations": THEIRS, "id": "x"}, "chat", None),
+    "text that repeats both": (
+        {"prompt": "a", "completion": "b", "text": "a b"},
+        "file",
+        ("{prompt}\\n", "{completion}"),
+    ),
     "an empty context": ({"question": "a", "answer": "b", "context": ""}, "file", QUESTION),
 }
 
@@ -149,7 +154,7 @@ def test_columns_say_what_rows_are(name: str) -> None:
 
 
 LIKE: dict[str, dict[str, Any]] = {  # rows as their source has them, by the dataset of ours that they are of
-    "alpaca": {"instruction": "Add.", "input": "1 and 2", "output": "3", "text": "Below is ..."},
+    "alpaca": {"instruction": "Add.", "input": "1 and 2", "output": "3", "text": "Below is ... Add. 1 and 2 ... 3"},
     "dolly": {"instruction": "Add.", "context": "", "response": "3", "category": "open_qa"},
     "gsm8k": {"question": "1 + 2?", "answer": "It is 3.\n#### 3"},
     "metamath": {"query": "1 + 2?", "response": "3", "type": "GSM_AnsAug", "original_question": "1 + 2?"},
@@ -193,6 +198,17 @@ ASKED: dict[str, tuple[dict[str, Any], str, str]] = {
         "{context}\\n{question}",
         "{ans",
     ),
+    "a paragraph": ({"paragraph": "c", "question": "a", "answer": "b"}, "{paragraph}\\n{question}", "{answer}"),
+    "code": ({"instruction": "a", "code": "x = 1", "output": "b"}, "{code}\\n{instruction}", "{output}"),
+    "a text beside its question": ({"text": "c", "question": "a", "answer": "b"}, "{text}\\n{question}", "{answer}"),
+    "a text and its summary": ({"text": "c", "summary": "b", "title": "t"}, "{text}\\n", "{summary}"),
+    "an article and its highlights": ({"article": "c", "highlights": "b", "id": "d"}, "{article}\\n", "{highlights}"),
+    "a text beside its instruction": (
+        {"instruction": "a", "text": "c", "output": "b"},
+        "{instruction}\\n{text}",
+        "{output}",
+    ),
+    "judgements of sentences, as CoLA's": ({"sentence": "It is.", "label": 1, "idx": 4}, "{sentence}\\n", "{label}"),
     "two questions": ({"prompt": "a", "question": "b", "answer": "c"}, "{prompt}\\n{question}", "{answer}"),
     "two answers": ({"problem": "a", "solution": "b", "answer": "c"}, "{problem}", "{answer}"),
     "messages in place of texts": ({"prompt": TURNS[:1], "response": TURNS[1:]}, "", ""),

@@ -368,6 +368,54 @@ def test_a_call_or_nothing_is_trained_from_its_first_character_where_the_prompt_
     assert others == ["f<|im_end|>", "<|im_end|>", "d<|im_end|>"]
 
 
+@pytest.mark.parametrize("key", ["reasoning_content", "reasoning", "thinking"])
+def test_reasoning_is_trained_under_each_key_that_rows_have_for_it(key: str) -> None:
+    reasoned = [*turns("a"), {"role": "assistant", "content": "b", key: "hm"}]
+    called = [*turns("a"), CALLED_ADD | {key: "hm"}]
+    others = (CLOSED.replace("reasoning_content", name) for name in ("thinking", "reasoning"))
+    for template in (CLOSED, *others, CLOSED.replace("m.reasoning_content", "(m.reasoning_content or m.reasoning)")):
+        made = tokenizer(template)
+        assert trained(made, tokens(made, {"messages": reasoned})) == ["hm\n</think>\n\nb<|im_end|>"]
+        (found,) = trained(made, tokens(made, {"messages": called}))
+        assert found.startswith("hm\n</think>\n\n<tool_call>add")
+
+
+@pytest.mark.parametrize(
+    ("template", "turn"),
+    [
+        (CHATML, {"content": "b", "reasoning_content": "so\nhm"}),
+        (CHATML.replace("m.content", "m.content.split('</think>')[-1]"), {"content": "<think>\nhm\n</think>\n\nb"}),
+        (TOOLS, CALLED_ADD | {"thinking": "hm"}),
+    ],
+)
+def test_a_row_whose_last_reasoning_the_template_leaves_out_is_refused(template: str, turn: Row) -> None:
+    made, last = tokenizer(template), [*turns("a"), {"role": "assistant"} | turn]
+    with pytest.raises(InputError, match=r"row 1 .* does not write the reasoning of turn 2 \(assistant\)"):
+        tokens(made, {"messages": last})
+    earlier = tokens(made, {"messages": [*last, *turns("c", "d")]})  # templates leave out that of earlier turns
+    assert trained(made, earlier)[-1] == "d<|im_end|>"
+    assert "hm" not in made.decode(earlier.ids)
+
+
+# Of Mistral: tools stand before the last question, and after a question and before a result there must be a call.
+MOVED_TOOLS = (
+    "{% set n = namespace(last=0) %}{% for m in messages %}{% if m.role == 'user' %}{% set n.last = loop.index0 %}"
+    "{% elif m.role == 'tool' and not messages[loop.index0 - 1].tool_calls %}{{ raise_exception('No call.') }}"
+    "{% endif %}{% endfor %}{{ bos_token }}{% for m in messages %}{% if m.role == 'user' %}"
+    "{% if tools and loop.index0 == n.last %}[TOOLS]{{ tools | tojson }}[/TOOLS]{% endif %}[INST]{{ m.content }}[/INST]"
+    "{% elif m.role == 'tool' %}[RESULTS]{{ m.content }}[/RESULTS]{% else %}{% for call in m.tool_calls or [] %}[CALLS]"
+    "{{ call.function | tojson }}{% endfor %}{{ m.content }}{{ eos_token }}{% endif %}{% endfor %}"
+)
+
+
+def test_a_call_is_trained_where_the_tools_stand_before_the_last_question_alone() -> None:
+    made = tokenizer(MOVED_TOOLS, ["[INST]", "[/INST]", "[CALLS]", "[RESULTS]", "[/RESULTS]", "[TOOLS]", "[/TOOLS]"])
+    messages = [*turns("a"), CALLED_ADD, {"role": "tool", "content": "7"}, *turns("", "b", "c", "d")[1:]]
+    found = tokens(made, {"messages": messages, "tools": [SCHEMA]})
+    call = '[CALLS]{"name": "add", "arguments": {"a": 3}}</s>'
+    assert trained(made, found) == [call, "b</s>", "d</s>"]
+
+
 def test_a_template_that_ends_the_last_turn_with_no_mark_is_warned_of(caplog: pytest.LogCaptureFixture) -> None:
     made = tokenizer(CHATML.replace("<|im_end|>", ""))
     assert trained(made, tokens(made, {"messages": turns("a", "b")})) == ["b\n"]

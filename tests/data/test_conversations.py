@@ -278,6 +278,8 @@ WRONG: list[tuple[str, Row, str]] = [
     ("images in a column", PLAIN | {"images": ["a.png"]}, "its column 'images' holds something else than text"),
     ("images in a turn", {"messages": [USER | {"images": ["a.png"]}, REPLY]}, r"its 'images' are not text \(turn 1\)"),
     ("an answer that is not wanted", {"prompt": [USER], "completion": [REPLY], "label": False}, "its label is false"),
+    ("variables in a list", PLAIN | {"chat_template_kwargs": [1]}, "its chat_template_kwargs are not an object"),
+    ("variables that are tools", PLAIN | {"chat_template_kwargs": {"tools": []}}, "hold 'tools', which is no variable"),
     ("half a surrogate", {"messages": [USER | {"content": "\ud83d"}, REPLY]}, "half a surrogate pair"),
 ]  # fmt: skip
 
@@ -475,6 +477,26 @@ READ_OTHERWISE_SINCE: list[Row] = [
     CALLED | {"tools": [SCHEMA["function"]]},
     {"messages": calling({"name": "add", "parameters": {"a": 3}})},
 ]
+
+
+OWN_VARIABLES = "{% if note is defined %}<|im_start|>system\n{{ note }}<|im_end|>\n{% endif %}" + CHATML.replace(
+    "assistant\n{% endif %}", "assistant\n{% if enable_thinking is false %}<think></think>{% endif %}{% endif %}"
+)
+
+
+@pytest.mark.parametrize("template", [OWN_VARIABLES, OWN_VARIABLES.partition("{% for")[0] + GENERATION])
+def test_a_row_s_own_variables_are_given_to_the_template(template: str) -> None:
+    made, variables = tokenizer(template), {"note": "Hm.", "enable_thinking": False}
+    row: Row = {"messages": [USER, REPLY, USER, REPLY], "chat_template_kwargs": variables | {"tools_of": None}}
+    found = tokens(made, row)
+    assert found.ids == made.apply_chat_template(row["messages"], tokenize=True, **variables)["input_ids"]
+    assert [piece.partition(".")[0] for piece in trained(made, found)] == ["Seven", "Seven"]
+    assert found == tokens(made, row | {"chat_template_kwargs": json.dumps(variables)})
+    (rendered,) = data_tokens.through_chat_template(made, read(row))
+    options: Row = {"add_generation_prompt": True, "tokenize": False}
+    assert rendered.model_prompt == made.apply_chat_template(row["messages"][:-1], **options, **variables)
+    assert read(row)[0].written != read({"messages": row["messages"]})[0].written  # they are no duplicates
+    assert (reader.version(row), reader.version(row | {"chat_template_kwargs": {}})) == (4, 1)
 
 
 @pytest.mark.parametrize("row", READ_OTHERWISE_SINCE)

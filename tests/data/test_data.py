@@ -392,6 +392,19 @@ def test_a_continuation_that_joins_the_last_token_of_its_context_has_tokens_of_i
         tokens.tokenize_pairs(tokenizer, [("One", "")], 64)
 
 
+def test_a_number_stands_for_a_class_by_its_place_only_where_no_class_is_a_number() -> None:
+    def answer(given: Any, *classes: str) -> str:
+        (example,) = templates.examples([{"label": given}], "is it?", " {label}", classes=classes)
+        return example.answer
+
+    assert [answer(n, "less", "more") for n in (0, 1)] == [" less", " more"]
+    assert [answer(n, "1", "2", "3") for n in (1, 3)] == [" 1", " 3"]
+    with pytest.raises(InputError, match="row 1 is '0', which is no class"):  # not the class 1, as the number 1 is
+        answer(0, "1", "2", "3")
+    with pytest.raises(InputError, match="row 1 is '1', which is no class"):
+        answer(1, "10", "many")
+
+
 def test_a_row_with_an_empty_choice_is_refused_or_left_out() -> None:
     rows = [{"goal": "Boil water", "sol1": text, "sol2": "on a stove", "label": 1} for text in ("", "in a pan")]
     how: dict[str, Any] = {"key": "eval.piqa", "reader": "peftsweep.data.tasks.piqa"}

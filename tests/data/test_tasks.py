@@ -154,6 +154,7 @@ def test_an_instruction_is_judged_in_three_ways(compose: Compose, base: Any, tok
         ("piqa", {"goal": "g", "sol1": "a", "label": 0}, "has no column 'sol2'"),
         ("piqa", {"goal": "g", "sol1": "a", "sol2": "b", "label": -1}, "its label names choice 0 of 2"),
         ("winogrande", {"sentence": "a _", "option1": "a", "option2": "b", "answer": "0"}, "its label names choice 0"),
+        ("winogrande", {"sentence": "no blank", "option1": "a", "option2": "b", "answer": "1"}, "has no blank '_'"),
         ("boolq", {"passage": "p", "question": "q", "label": -1}, "its answer '-1' is none of 0, false, no"),
         ("instruction", {"instruction": "No labels here.", "answer": "true"}, "none of the instruction's labels"),
         ("messages", {"messages": [{"role": "user", "content": "hi"}]}, "must end with the assistant's turn"),
@@ -453,6 +454,18 @@ def test_a_constant_class_is_flagged_by_its_label_and_f1_has_its_baselines(
     assert (found.facts["degenerate"], found.facts["histogram"]) == (True, {"yes": 40})
     assert found.scores["f1"].value == pytest.approx(0.4)
     assert (found.facts["f1_majority"], found.facts["f1_random"]) == (0.0, pytest.approx(1 / 3))
+
+
+def test_a_class_whose_name_begins_with_another_is_as_likely_as_the_row_that_is_trained_on(
+    base: Any, tokenizer: Any
+) -> None:
+    rows = [Example("Tom has 3 pens and 7 pens, so", f" {name}") for name in ("1", "10")]
+    found = evaluate.classification(base, tokenizer, rows, classes=["1", "10"])
+    trained = [line["log_likelihood"] for line in evaluate.perplexity(base, tokenizer, rows).predictions]
+    for line in found.predictions:
+        assert line["log_likelihoods"] == pytest.approx(trained, rel=1e-5)
+    others = evaluate.classification(base, tokenizer, rows[:1], classes=["1", "20"])
+    assert others.predictions[0]["log_likelihoods"][0] > trained[0]  # the end mark counts only where it must
 
 
 STOPS = [["\n"], ["0 #", "plums"]]

@@ -149,6 +149,27 @@ def test_the_tokens_of_a_text_and_whether_it_was_cut_are_those_of_transformers(b
     assert len(ends) > 1
 
 
+def test_an_end_mark_that_the_tokenizer_writes_as_text_is_no_part_of_what_is_written(
+    base: Any, tokenizer: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    prompts = ["Tom has 3", "47+38=", "Mia sells 4 pens. Tom has 3 apples."]
+    ways: list[dict[str, Any]] = [{"num_beams": 2}, {"sampling": decoding.Sampling(top_p=0.0001)}]
+    for how in ways:  # both by transformers
+        monkeypatch.undo()
+        free = decoding.generate(base, tokenizer, prompts, max_new_tokens=8, **how)
+        marks = [tokenizer(text, add_special_tokens=False).input_ids[3] for text in free]
+        assert tokenizer.decode(marks, skip_special_tokens=True)  # they are no special tokens
+        own = copy.deepcopy(base.generation_config)
+        own.eos_token_id = [*marks, tokenizer.eos_token_id]
+        monkeypatch.setattr(base, "generation_config", own)
+        found = decoding.write(base, tokenizer, prompts, max_new_tokens=8, **how)
+        assert [one.cut for one in found] == [False] * 3
+        for one in found:
+            written = tokenizer(one.text, add_special_tokens=False).input_ids
+            assert one.tokens == len(written) < 4
+            assert not set(written) & set(marks)
+
+
 OWN_SETTINGS: list[dict[str, Any]] = [
     {"repetition_penalty": 3.0},
     {"no_repeat_ngram_size": 2, "min_new_tokens": 9},

@@ -460,6 +460,67 @@ def test_a_record_of_items_of_json_text_is_run_again_and_keeps_its_weights_if_on
     assert mended.outdated(Result({"identity_rule": 5}, {}, config=config)) is None
 
 
+@pytest.mark.parametrize(("drops", "cut", "wrong"), [(True, 2, True), (True, 0, False), (False, 2, False)])
+def test_a_record_whose_long_rows_were_cut_though_they_were_to_be_left_out_is_run_again(
+    drops: bool, cut: int, wrong: bool
+) -> None:
+    config = {"dataset": {"drop_long": drops}}
+    held = Result({"identity_rule": 8}, {}, config=config, train_info={"steps": 4, "truncated_rows": cut})
+    assert bool(mended.outdated(held)) == bool(mended.outdated(held, training=True)) == wrong
+    assert mended.right_since(config) == (9 if drops else 1)
+    held.run_info["identity_rule"] = 9
+    assert mended.outdated(held) is None
+
+
+@pytest.mark.parametrize(
+    ("task", "classes", "wrong"),
+    [("causal_lm", ["1", "10"], True), ("seq_cls", ["1", "10"], False), ("causal_lm", ["1", "20"], False)],
+)
+def test_a_record_of_classes_whose_names_begin_alike_is_evaluated_again(
+    task: str, classes: list[str], wrong: bool
+) -> None:
+    node = {"_target_": "peftsweep.evaluation.evaluate.classification", "classes": classes}
+    config = {"model": {"name_or_path": "tiny", "task": task}, "eval": {"stars": node}}
+    held = Result({"identity_rule": 8}, {}, config=config)
+    assert bool(mended.outdated(held)) == wrong
+    assert mended.outdated(held, training=True) is None
+    assert mended.outdated(Result({"identity_rule": 9}, {}, config=config)) is None
+
+
+@pytest.mark.parametrize(("end", "beams", "wrong"), [(28, 2, True), (28, 1, False), (2, 2, False)])
+def test_a_record_whose_texts_held_their_end_mark_is_evaluated_again(
+    end: int, beams: int, wrong: bool, tmp_path: Path
+) -> None:
+    base = write("llama", tmp_path)
+    (base / "generation_config.json").write_text(json.dumps({"eos_token_id": [2, end]}))
+    node = {"num_beams": beams, "max_new_tokens": 8}
+    config = {"model": {"name_or_path": str(base)}, "method": {}, "eval": {"written": node, "loss": {}}}
+    held = Result({"identity_rule": 8}, {}, config=config)
+    assert bool(mended.outdated(held)) == wrong
+    assert mended.outdated(held, training=True) is None
+    assert mended.outdated(Result({"identity_rule": 9}, {}, config=config)) is None
+
+
+OTHER_KEY = CLOSED.replace("reasoning_content", "reasoning")  # which transformers fills from no other key
+
+
+@pytest.mark.parametrize(
+    ("template", "key", "wrong"),
+    [(OTHER_KEY, "reasoning_content", True), (OTHER_KEY, "reasoning", False), (CHATML, "reasoning", False)],
+)
+def test_a_record_that_left_out_reasoning_under_another_key_is_run_again(
+    template: str, key: str, wrong: bool, folder: Path
+) -> None:
+    (folder / "chat_template.jinja").write_text(template)
+    rows = folder.with_name("rows.jsonl")
+    rows.write_text(json.dumps({"messages": [USER_TURN, {"role": "assistant", "content": "b", key: "c"}]}))
+    dataset = {"path": str(rows), "reader": identity.CONVERSATIONS, "prompt": "{prompt}", "answer": "{answer}"}
+    config: dict[str, Any] = {"model": {"name_or_path": str(folder)}, "dataset": dataset | {"chat": True}}
+    held = Result({"identity_rule": 8}, {}, config=config)
+    assert bool(mended.outdated(held)) == bool(mended.outdated(held, training=True)) == wrong
+    assert mended.outdated(Result({"identity_rule": 9}, {}, config=config)) is None
+
+
 def test_a_record_of_the_first_version_is_known_to_be_wrong_by_its_tokens_and_classes(folder: Path) -> None:
     assert told(folder) == ""
     assert "beginning-of-sequence" in told(folder, {"truncated_rows": 3})

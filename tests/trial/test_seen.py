@@ -70,6 +70,22 @@ def test_a_short_run_has_seen_only_the_rows_of_its_batches(long: int, compose: C
     assert 0 < number < 10
 
 
+@pytest.mark.parametrize("words", [["model.task=seq_cls", "dataset.max_length=15"], ["dataset.max_length=500"]])
+def test_rows_that_would_be_cut_are_left_out_of_classifiers_and_for_the_positions_of_a_model_too(
+    words: list[str], compose: Compose, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The second words leave the rows to the positions of the model, which are fewer than max_length."""
+    own = ["dataset=tiny_direction", "dataset.samples=50", "train.steps=3"]
+    one, whole = compose(*own, "dataset.drop_long=true", *words), compose(*own, *words[:-1])
+    tokenizer, rows = build.load_tokenizer(one), data_rows.load_rows(one.config.dataset).train
+    lengths = [len(row.ids) for row in build.training_tokens(whole, tokenizer, rows)]
+    most = 15 if len(words) > 1 else 17
+    assert min(lengths) <= most < max(lengths)
+    monkeypatch.setattr(tokenizer, "model_max_length", most)
+    found = build.training_tokens(one, tokenizer, rows)
+    assert [len(row.ids) for row in found] == [length for length in lengths if length <= most]
+
+
 def test_a_test_row_is_known_again_in_another_prompt(compose: Compose) -> None:
     own = ["eval=[exact_match]", "eval.exact_match.path=test.jsonl", "+eval.exact_match.prompt='Please: {q}'"]
     assert counts(compose(*LOCAL, *own, "+eval.exact_match.answer='{a}'", "train.steps=10")) == {"exact_match": 10}

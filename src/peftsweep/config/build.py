@@ -52,7 +52,7 @@ log = logging.getLogger(__name__)
 HARNESS = "peftsweep.evaluation.harness.lm_eval"
 MIN_CACHED_SECONDS = 5.0  # tokenising that takes longer is cached in the study's folder
 MIN_ADALORA_STEPS = 2  # in the first step PEFT measures the importance of each rank
-TOKENS_FORMAT = 4  # version of the cache of tokens; it rises when the same rows become other tokens
+TOKENS_FORMAT = 5  # version of the cache of tokens; it rises when the same rows become other tokens
 MODEL_OPTIONS = ("num_layers", "num_attention_heads", "token_dim")  # options that PEFT reads from the model by itself
 MAX_CACHED_TOKENS = 4  # tokenised training sets: training and validation rows of two datasets
 
@@ -375,21 +375,22 @@ _TOKENS: dict[str, list[Tokens]] = {}
 def _tokenize(trial: Trial, tokenizer: PreTrainedTokenizerBase, rows: list[data_rows.Row]) -> list[Tokens]:
     own = trial.config.dataset
     examples = evaluations.rendered(own, templates.dataset_examples(own, rows), tokenizer, file="the training rows")
-    tokens = tokens_of(trial, tokenizer, examples)
-    if own.drop_long and trial.config.model.task is not Task.seq_cls:
-        tokens = [row for row in tokens if len(row.ids) <= own.max_length]
+    tokens = [row for row in tokens_of(trial, tokenizer, examples) if not (own.drop_long and row.is_cut)]
     if not tokens:
-        raise InputError(f"dataset.drop_long=true: no row has at most dataset.max_length={own.max_length} tokens")
+        most = min(own.max_length, tokenizer.model_max_length)
+        raise InputError(
+            f"dataset.drop_long=true: no row has at most {most} tokens, the least of dataset.max_length="
+            f"{own.max_length} and the model's positions"
+        )
     return tokens
 
 
 def tokens_of(trial: Trial, tokenizer: PreTrainedTokenizerBase, examples: Sequence[Example]) -> list[Tokens]:
-    """Rendered examples in tokens, as trained on; a row for ``drop_long`` has one token more than ``max_length``."""
+    """Rendered examples in tokens, as trained on; ``drop_long`` leaves out those that are cut."""
     own = trial.config.dataset
     if trial.config.model.task is Task.seq_cls:
         return data_tokens.tokenize_for_classes(tokenizer, examples, own.max_length, classes(trial))
-    limit = own.max_length + own.drop_long  # one token more shows that a row is too long
-    return data_tokens.tokenize(tokenizer, examples, limit, whole=own.loss_on is LossOn.text)
+    return data_tokens.tokenize(tokenizer, examples, own.max_length, whole=own.loss_on is LossOn.text)
 
 
 def check_tokens(tokenizer: PreTrainedTokenizerBase, base: PreTrainedModel, tokens: Sequence[Tokens]) -> None:

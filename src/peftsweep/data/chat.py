@@ -10,11 +10,12 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from peftsweep.data.conversations import places
 from peftsweep.data.conversations.template import PROBE, Span
 from peftsweep.data.conversations.template import ChatTemplate as ChatTemplate
-from peftsweep.data.conversations.turns import REASONING
+from peftsweep.data.conversations.turns import REASONING as REASONING
 from peftsweep.data.conversations.turns import Conversation as Conversation
 from peftsweep.data.conversations.turns import Message as Message
 from peftsweep.data.conversations.turns import content_text as content_text
 from peftsweep.data.conversations.turns import has_calls_or_reasoning as has_calls_or_reasoning
+from peftsweep.data.conversations.turns import reasoning_text as reasoning_text
 from peftsweep.schema import Turns
 
 if TYPE_CHECKING:
@@ -179,16 +180,17 @@ def _covered(offsets: Sequence[Span], spans: Sequence[Span]) -> list[bool]:
 
 
 def _check_written_out(template: ChatTemplate, conversation: Conversation, text: str) -> None:
-    """Check that ``text`` holds every message, call and tool.
+    """Check that ``text`` holds every message, call and tool, and the reasoning of the last turn.
 
     Probes show whether the template writes a message of this role and place at all, once for all conversations of the
     same shape; whether it writes this message, ``text`` shows.
 
     Raises:
-        ValueError: a part of a message or a tool is missing in ``text``.
+        ValueError: a part of a message, a tool or the reasoning of the last turn is missing in ``text``.
     """
     messages = conversation.messages
     shape = (bool(conversation.tools), *((m["role"], bool(m.get("content")), "tool_calls" in m) for m in messages))
+    shape += (json.dumps(conversation.variables, default=str),)
     for n, message in enumerate(messages):
         calls = message.get("tool_calls") or []
         # The last line after any reasoning, which templates may leave out.
@@ -201,6 +203,12 @@ def _check_written_out(template: ChatTemplate, conversation: Conversation, text:
                 written = written and _writes(template, conversation, n, probes[part])
             if not written:
                 raise ValueError(f"the chat template does not write the {part} of turn {n + 1} ({message['role']})")
+    thought = reasoning_text(messages[-1]).strip()
+    if thought and not _occurs(thought.splitlines()[-1].strip(), text):
+        raise ValueError(
+            f"the chat template does not write the reasoning of turn {len(messages)} (assistant), so it would not be "
+            "trained on; give the tokenizer a chat template that writes it, or remove it from the row"
+        )
     for tool in conversation.tools or ():
         if (name := tool.get("function", tool).get("name")) and not _occurs(name, text):
             raise ValueError(f"the chat template does not write the tool '{name}'")

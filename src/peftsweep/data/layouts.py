@@ -17,12 +17,30 @@ from peftsweep.data.files import Row
 # Columns that hold a whole prompt or a whole answer, in small letters. Exactly one of each makes a pair.
 QUESTIONS = ("question", "query", "problem")
 PROMPTS = ("prompt", "instruction", "input", "source", *QUESTIONS)
-ANSWERS = ("completion", "answer", "response", "output", "solution", "target")
+ANSWERS = ("completion", "answer", "response", "output", "solution", "target", "summary", "highlights", "translation")
 # Columns that no pair of prompt and answer uses. Rows with one of them are not recognised as such a pair.
-CONTEXTS = ("context", "passage", "document", "background", "history", "system", "system_prompt", "choices", "options")
+CONTEXTS = (
+    *("context", "contexts", "passage", "paragraph", "document", "documents", "article", "story", "background"),
+    *("evidence", "facts", "hint", "table", "schema", "code", "history", "system", "system_prompt"),
+    *("choices", "options"),
+)
 MEANINGFUL = (
     *CONTEXTS,
-    *("premise", "hypothesis", "label", "labels", "chosen", "rejected", "image", "images", "audio", "video"),
+    *(
+        "premise",
+        "hypothesis",
+        "sentence",
+        "sentence1",
+        "sentence2",
+        "label",
+        "labels",
+        "chosen",
+        "rejected",
+        "image",
+        "images",
+        "audio",
+        "video",
+    ),
 )
 LABELS = ("label", "labels", "class", "category", "sentiment", "target", "intent")
 NUMBERS_OF_ROWS = ("", "id", "idx", "index", "key", "no", "nr", "number", "row", "uid", "uuid", "guid", "unnamed: 0")
@@ -65,7 +83,9 @@ def _ends_with_number(row: Row) -> bool:
 
 
 def _is_sentiment(row: Row) -> bool:
-    return str(row["label"]).strip() in ("0", "1", "negative", "positive")
+    """Whether a row may be one of SST-2, whose texts are in small letters; CoLA has the same columns and labels."""
+    label = str(row["label"]).strip()
+    return label in ("negative", "positive") or (label in ("0", "1") and row["sentence"] == row["sentence"].lower())
 
 
 # The first one that fits is taken, so those with more columns stand first.
@@ -149,7 +169,13 @@ def _left_out(rows: Sequence[Row], columns: Iterable[str], used: Sequence[str]) 
     """Whether a column that is not empty and may belong to prompt or answer would be left out."""
     others = [column for column in columns if column not in used]
     meaningful = [c for c in others if c.strip().lower() in (*MEANINGFUL, *PROMPTS, *ANSWERS)]
+    meaningful += [c for c in others if c.strip().lower() == "text" and not _holds_all(rows, c, used)]
     return any(row.get(column) not in (None, "", [], {}) for row in rows for column in meaningful)
+
+
+def _holds_all(rows: Sequence[Row], column: str, used: Sequence[str]) -> bool:
+    """Whether a column repeats what the columns ``used`` hold, as the ``text`` of Alpaca does."""
+    return all(str(row.get(one) or "").strip() in str(row.get(column)) for row in rows for one in used)
 
 
 def not_text(rows: Sequence[Row]) -> str | None:

@@ -16,6 +16,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from peftsweep.data import rows as data_rows
 from peftsweep.data import templates
+from peftsweep.data.conversations.turns import VARIABLES
 from peftsweep.data.rows import Row
 from peftsweep.data.templates import Example
 from peftsweep.errors import InputError
@@ -215,8 +216,8 @@ def _chatml(pair: Pair) -> Row:
     if not pair.example.prompt.strip():
         raise InputError("--format=chatml: a row without a prompt is not a conversation; use alpaca or raw")
     conversation = pair.example.conversation
-    tools = {"tools": conversation.tools} if conversation and conversation.tools else {}
-    return {"messages": _turns(pair.example)} | tools
+    beside = {"tools": conversation.tools, VARIABLES: conversation.variables} if conversation else {}
+    return {"messages": _turns(pair.example)} | {key: value for key, value in beside.items() if value}
 
 
 def _turns(example: Example) -> list[Row]:

@@ -72,7 +72,9 @@ def _without_brackets(text: str) -> str:
 
 def winogrande(row: Row) -> Row:
     """WinoGrande, by partial scoring: an option fills the blank, and the rest of the sentence is scored after it."""
-    before, _, rest = row["sentence"].partition("_")
+    before, blank, rest = row["sentence"].partition("_")
+    if not blank:
+        raise ValueError("its sentence has no blank '_', which an option would fill")
     options = [row["option1"], row["option2"]]
     choices = [{"context": before + text, "answer": rest.strip(), "text": text} for text in options]
     gold = int(row["answer"]) - 1

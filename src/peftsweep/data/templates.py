@@ -212,7 +212,9 @@ def _read(reader: Callable[[Row], Row], row: Row, key: str, number: str) -> Row:
 def _class_name(answer: str, classes: Sequence[str], key: str, number: str) -> str:
     name = answer.strip()
     if name not in classes:
-        if not name.isdecimal() or int(name) >= len(classes):
+        # Beside classes such as 1 to 5, the number 0 would be the class 1, and 1 too.
+        numbered = name.isdecimal() and not any(one.strip().isdecimal() for one in classes)
+        if not numbered or int(name) >= len(classes):
             raise InputError(f"{key}: row {number} is '{name}', which is no class; dataset.classes={[*classes]}")
         name = classes[int(name)]
     return answer.replace(answer.strip(), name) if answer.strip() else name

@@ -132,6 +132,11 @@ class Tokens(NamedTuple):
             return 1
         return len(self.ids) - max(self.answer_start, 1) if self.trained is None else sum(self.trained[1:])
 
+    @property
+    def is_cut(self) -> bool:
+        """Whether tokens were cut off to fit the length."""
+        return self.lost_prompt + self.lost_answer > 0
+
 
 def truncations(rows: Sequence[Tokens]) -> dict[str, int]:
     """How many rows have lost a part of their prompt, and how many of their answer."""

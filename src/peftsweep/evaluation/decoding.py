@@ -138,12 +138,15 @@ def _generate(
         length = max(map(len, encoded)) + max_new_tokens
         decoder = static_decoder(model, slots, min(batch_size, len(encoded)), length, max_new_tokens) or decoder
 
-    def ended(row: list[int], text: str) -> Written:
+    def up_to_end(row: list[int]) -> list[int]:
         kept = next((n for n, token in enumerate(row) if token in ends), len(row))
         while not greedy and kept and row[kept - 1] == tokenizer.pad_token_id:
             kept -= 1  # of a row that one of the texts has ended before others of its batch
+        return row[:kept]
+
+    def ended(row: list[int], text: str) -> Written:
         before = stops.before(text)
-        return Written(before, kept, kept == max_new_tokens and before == text)
+        return Written(before, len(row), len(row) == max_new_tokens and before == text)
 
     def likeliest(ids: torch.Tensor, attention: torch.Tensor) -> list[list[int]]:
         nonlocal decoder
@@ -167,6 +170,7 @@ def _generate(
             made = _generate_with_transformers(
                 model, tokenizer, ids, attention, max_new_tokens, num_beams, ends, stops, sampling
             )
+        made = [*map(up_to_end, made)]  # some tokenizers write their end mark or padding as text
         written = map(ended, made, tokenizer.batch_decode(made, skip_special_tokens=True))
         for mine in texts:
             for n in numbers:

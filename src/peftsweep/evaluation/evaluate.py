@@ -122,7 +122,8 @@ def classification(
     """Share of rows whose most likely class is the right one, and F1.
 
     The likelihood of a class is the output of a classifier; for a language model it is the probability of the class's
-    name as the answer.
+    name as the answer. If one name begins with another (10 and 1), the end mark after the name counts too: the shorter
+    name would otherwise always be as likely as the longer one.
     """
     gold = [classes.index(row.answer.strip()) for row in examples]
     if classifies(model):
@@ -134,7 +135,8 @@ def classification(
             [(row.model_prompt, row.answer.replace(row.answer.strip(), name)) for name in classes] for row in examples
         ]
         sizes: dict[str, Any] = {"batch_size": batch_size, "max_length": max_length, "marked": _marked(examples)}
-        scores, cut = grouped_likelihoods(model, tokenizer, pairs, **sizes)
+        ends = [_end(tokenizer, row) for row in examples] if begin_alike(classes) else []
+        scores, cut = grouped_likelihoods(model, tokenizer, pairs, **sizes, ends=ends)
     predicted = [_likeliest(row) for row in scores]
     lines = [
         {
@@ -149,6 +151,17 @@ def classification(
     facts = metrics.answer_baselines([classes[n] for n in predicted], [classes[n] for n in gold], classes)
     facts |= metrics.f1_baselines(gold, len(classes)) | cut
     return Evaluation(metrics.classification(predicted, gold, len(classes)), lines, facts)
+
+
+def begin_alike(classes: Sequence[str]) -> bool:
+    """Whether the name of a class begins with the whole name of another one."""
+    return any(one != other and other.startswith(one) for one in classes for other in classes)
+
+
+def _end(tokenizer: PreTrainedTokenizerBase, row: Example) -> int:
+    """The token that ends the answer of a row in training."""
+    end = row.rendered.end if row.rendered else None
+    return cast(int, tokenizer.eos_token_id) if end is None else end
 
 
 def multiple_choice(

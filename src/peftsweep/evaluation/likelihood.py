@@ -26,15 +26,20 @@ def grouped_likelihoods(
     batch_size: int,
     max_length: int,
     marked: bool,
+    ends: Sequence[int] = (),
 ) -> tuple[list[list[float]], dict[str, int]]:
     """The log-likelihood of what follows in each pair of context and following text, group by group; and what was cut.
 
     What the pairs of a group begin with in common is read once, where the model takes a cache. ``marked``
-    contexts hold their special tokens as text, see ``tokenize_pairs``.
+    contexts hold their special tokens as text, see ``tokenize_pairs``. With ``ends``, a token for each group, this
+    token counts too after each text of the group.
     """
     pad_id = padding_id(tokenizer)
-    tokens = iter(tokenize_pairs(tokenizer, [pair for group in groups for pair in group], max_length, marked=marked))
+    limit = min(max_length, tokenizer.model_max_length) - bool(ends)
+    tokens = iter(tokenize_pairs(tokenizer, [pair for group in groups for pair in group], limit, marked=marked))
     rows = [[next(tokens) for _ in group] for group in groups]
+    if ends:
+        rows = [[row._replace(ids=[*row.ids, end]) for row in group] for group, end in zip(rows, ends, strict=True)]
     cut = truncations([max(group, key=lambda row: (row.lost_answer, row.lost_prompt)) for group in rows])
     lengths = [len(row.ids) for group in rows for row in group]
     short = all(group == SHORT_ROWS for group in rows_by_rotation(model, lengths))

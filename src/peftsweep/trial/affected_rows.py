@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 import string
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -25,20 +25,34 @@ def has_other_turns(dataset: Values, evaluations: Iterable[Values]) -> bool:
 
     The rows are those of the dataset's files, and of evaluations that are read by the dataset's templates.
     """
+    return _has_turn(dataset, evaluations, _is_other_turn)
+
+
+def reasons_under_other_keys(dataset: Values, evaluations: Iterable[Values], keys: Sequence[str]) -> bool:
+    """Whether a turn of the assistant has reasoning under none of ``keys``; rows and unknown rows as above."""
+
+    def does(message: chat.Message) -> bool:
+        held = [key for key in chat.REASONING if message.get(key)]
+        return bool(held) and not any(key in keys for key in held)
+
+    return _has_turn(dataset, evaluations, does)
+
+
+def _has_turn(dataset: Values, evaluations: Iterable[Values], wanted: Callable[[chat.Message], bool]) -> bool:
     own = [node for node in evaluations if not any(node.get(key) for key in (*TEMPLATES, "reader"))]
     found = [_rows(dataset)]
     for path in (dataset.get("test_path"), (dataset.get("validation") or {}).get("path")):
         found += [_rows({**dataset, "path": path})] if path else []
     found += [_rows(node) for node in own if node.get("path")]
-    return any(rows is None or _any_other_turn(dataset, rows) for rows in found)
+    return any(rows is None or _any_turn(dataset, rows, wanted) for rows in found)
 
 
-def _any_other_turn(dataset: Values, rows: list[files.Row]) -> bool:
+def _any_turn(dataset: Values, rows: list[files.Row], wanted: Callable[[chat.Message], bool]) -> bool:
     missing = str(getattr(dataset.get("missing"), "name", dataset.get("missing") or OnMissing.error.name))
     prompt, answer, reader = str(dataset.get("prompt")), str(dataset.get("answer")), dataset.get("reader")
     how = templates.Templates(prompt, answer, reader=reader, missing=OnMissing[missing])
     try:
-        return any(_is_other_turn(message) for example in how.each(rows) if example for message in _said(example))
+        return any(wanted(message) for example in how.each(rows) if example for message in _said(example))
     except InputError:  # the file is another one by now
         return True
 

@@ -144,6 +144,13 @@ def _leaves_out_openings(config: Values, _: Values) -> bool:
     return affected_rows.has_other_turns(dataset, _evaluations(config))
 
 
+def _leaves_out_reasoning(config: Values, _: Values) -> bool:
+    dataset = _section(config, "dataset")
+    if not dataset.get("chat") or not (keys := _base(config).reasoning_keys):
+        return False
+    return affected_rows.reasons_under_other_keys(dataset, _evaluations(config), keys)
+
+
 def _trains_on_items_of_text(config: Values, _: Values) -> bool:
     dataset = _section(config, "dataset")
     return affected_rows.takes_items_of_text(dataset, dataset)
@@ -206,6 +213,28 @@ def _deals_ranks_after_the_best(config: Values, train_info: Values) -> bool:
     train, method = _section(config, "train"), _section(config, "method")
     keeps = bool(train.get("keep_best")) and str(method.get("_target_")).endswith("AdaLoraConfig")
     return keeps and (not train_info or train_info.get("reloads") is False)
+
+
+def _keeps_long_rows(config: Values, train_info: Values) -> bool:
+    """Whether rows were cut that were to be left out, which only ``train_info`` says: without it, perhaps."""
+    leaves_out = bool(_section(config, "dataset").get("drop_long"))
+    return leaves_out and (not train_info or bool(train_info.get("truncated_rows")))
+
+
+def _compares_names_without_ends(config: Values, _: Values) -> bool:
+    from peftsweep.evaluation import evaluate  # which imports torch, which `--help` must not
+
+    if _section(config, "model").get("task") == Task.seq_cls.name:
+        return False
+    nodes = [node for node in _evaluations(config) if str(node.get("_target_")).endswith(".classification")]
+    return any(evaluate.begin_alike(node.get("classes") or ()) for node in nodes)
+
+
+def _writes_its_end(config: Values, _: Values) -> bool:
+    writing = [node for node in _evaluations(config) if "max_new_tokens" in node]
+    by_beams = any((node.get("num_beams") or 1) > 1 for node in writing)
+    without_cache = bool(config.get("method_inputs")) or _is_prompt_learning(_section(config, "method"))
+    return bool(writing) and (by_beams or without_cache or _base(config).recurrent) and _base(config).plain_end
 
 
 def _begins_behind_tokens(config: Values, _: Values) -> bool:
@@ -286,6 +315,31 @@ MENDED = (
         "in conversations that reason or call tools, what the chat template writes before the content of some answers "
         "was not trained on",
     ),
+    Mended(
+        9,
+        _leaves_out_reasoning,
+        "reasoning under another key than the chat template writes, such as reasoning for reasoning_content, was left "
+        "out",
+    ),
+    Mended(
+        9,
+        _keeps_long_rows,
+        "rows longer than the model's positions, and long rows of a classifier, were cut, though dataset.drop_long "
+        "leaves them out",
+    ),
+    Mended(
+        9,
+        _compares_names_without_ends,
+        "a class whose name begins with that of another one, such as 10 with 1, could not be found, as the end of the "
+        "name did not count",
+        training=False,
+    ),
+    Mended(
+        9,
+        _writes_its_end,
+        "an end mark that is no special token of the tokenizer was a part of the texts that beams wrote",
+        training=False,
+    ),
 )
 
 
@@ -310,6 +364,8 @@ class _Base:
     generation_prompt_differs: bool = False  # from the beginning of some written turns of the assistant
     writes_beside_turns: bool = False  # its chat template, after the last one
     opens_after_calls: bool = False  # its chat template, the answer, beyond the generation prompt
+    reasoning_keys: tuple[str, ...] = ()  # that its chat template writes
+    plain_end: bool = False  # it ends a text with a token that its tokenizer writes as text
 
 
 def _base(config: Values) -> _Base:
@@ -338,7 +394,7 @@ def _read(base: ModelConfig) -> _Base:
     shape, marks = model.architecture(base), model.load_tokenizer(base)
     bare = model.skeleton(base, classes=1)
     template = chat.ChatTemplate(marks) if marks.chat_template else None
-    ids, text = marks("a").input_ids, parts.text_config(shape)
+    ids, text, ends = marks("a").input_ids, parts.text_config(shape), _ends(base, marks)
     layers = getattr(text, "layer_types", None) or []
     stateful = [kind for kind in layers if not kind.endswith("attention") or kind == "linear_attention"]
     return _Base(
@@ -360,18 +416,34 @@ def _read(base: ModelConfig) -> _Base:
         generation_prompt_differs=template is not None and chat.generation_prompt_differs(template),
         writes_beside_turns=template is not None and chat.writes_beside_turns(template),
         opens_after_calls=template is not None and chat.opens_after_calls(template),
+        reasoning_keys=()
+        if template is None or set(template.reasoning_keys) == {*chat.REASONING}
+        else template.reasoning_keys,
+        plain_end=any(marks.decode([end], skip_special_tokens=True) for end in ends),
     )
 
 
-def _own_settings(base: ModelConfig) -> frozenset[str]:
+def _ends(base: ModelConfig, marks: Any) -> list[int]:
+    """The tokens that end what the base writes."""
+    own = _generation_config(base) if base.init is Init.pretrained else None
+    given = getattr(own, "eos_token_id", None)
+    ends = [marks.eos_token_id, *(given if isinstance(given, list) else [given])]
+    return [end for end in ends if end is not None]
+
+
+def _generation_config(base: ModelConfig) -> Any:
     from transformers import GenerationConfig
 
     from peftsweep.models import model
 
     try:
-        own = GenerationConfig.from_pretrained(model.source(base), revision=base.revision or "main")
+        return GenerationConfig.from_pretrained(model.source(base), revision=base.revision or "main")
     except OSError:  # it has none
-        return frozenset()
+        return None
+
+
+def _own_settings(base: ModelConfig) -> frozenset[str]:
+    own = _generation_config(base)
     held = {name: getattr(own, name, None) for name in GENERATION_SETTINGS}
     return frozenset(name for name, value in held.items() if value not in (None, GENERATION_SETTINGS[name]))
 

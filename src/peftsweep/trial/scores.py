@@ -136,8 +136,11 @@ def _of_rows(trial: Trial, name: str, test: list[Example]) -> dict[str, Any]:
         further["text"] = [record.package(one) for one in TEXT_PACKAGES]
     if (node.get("num_beams") or 1) > 1:
         further["own_settings"] = False  # before, a base's own generation settings acted on beams
+        further["end_mark"] = "left out"  # before, an end mark that is no special token was a part of the text
     if str(node.get("_target_")).endswith(".classification") or any(row.choices for row in test):
         further["joined_tokens"] = "apart"  # before, an answer that the last token of its prompt took in always won
+    if evaluate.begin_alike(node.get("classes") or ()):
+        further["end_mark"] = "counted"  # before, a class was never found if its name begins with that of another one
     return further | {
         "eval": evaluation_identity(trial.config.eval[name]),
         "judged": evaluate.JUDGING_VERSION,

@@ -115,7 +115,7 @@ class Session:
         long_rows = rows.left_out.get("long_rows", 0) + len(rows.train) - len(self.tokens)
         self.info |= {"training_rows": len(self.tokens)} | rows.left_out | {"long_rows": long_rows}
         self.result.meta_info |= row_sources(self.trial, self.base, tokenizer, rows)
-        self.info["truncated_rows"] = sum(row.lost_prompt + row.lost_answer > 0 for row in self.tokens)
+        self.info["truncated_rows"] = sum(row.is_cut for row in self.tokens)
         self.info |= data_tokens.truncations(self.tokens)
         optimizer.check_warmup(config.train, length.total_steps(config.train, len(self.tokens)))
         self.stop_at = self.rung_step(len(self.tokens))

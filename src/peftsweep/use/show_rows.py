@@ -135,8 +135,8 @@ def _summary(trial: Trial, row: Tokens | None) -> str:
     if trial.config.model.task is Task.seq_cls:
         cuts = {"end": row.lost_prompt}
     parts += [f"{lost} cut off at its {place}" for place, lost in cuts.items() if lost]
-    if own.drop_long and len(row.ids) > own.max_length:
-        parts.append(f"left out, as it is longer than dataset.max_length={own.max_length}")
+    if own.drop_long and row.is_cut:
+        parts.append("left out, as it is too long (dataset.drop_long)")
     return ", ".join(parts)
 
 

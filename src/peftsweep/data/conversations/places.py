@@ -131,8 +131,10 @@ def _begin(template: ChatTemplate, conversation: Conversation, text: str, number
     plain = _replaced(conversation, number, _as_plain_text(conversation.messages[number]))
     start, found, _ = (text_of(template, plain) or "").partition(PROBE)
     as_plain = bool(found) and text.startswith(start)
-    prompt_end = _prompt_end(template, conversation, text, number) if as_plain else None
-    if prompt_end is not None and prompt_end <= len(start):
+    # Where the template refuses a plain text there, as between a question and the result of a call, only the prompt
+    # tells.
+    prompt_end = _prompt_end(template, conversation, text, number) if as_plain or not found else None
+    if prompt_end is not None and (prompt_end <= len(start) or not found):
         return prompt_end
     if number:
         template.warn_once(ANOTHER_PROMPT)

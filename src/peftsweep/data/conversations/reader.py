@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from peftsweep.data.conversations import trees
-from peftsweep.data.conversations.turns import UNTRAINED_KEYS, Conversation, Message, is_trained
+from peftsweep.data.conversations.turns import UNTRAINED_KEYS, VARIABLES, Conversation, Message, is_trained
 
 Row = dict[str, Any]
 
@@ -23,6 +23,8 @@ ALIASES = {
 }
 ARGUMENTS = ("arguments", "parameters", "input", "args")  # keys of a call's arguments; the first that is there
 MEDIA = ("image", "images", "audio", "audios", "video", "videos")  # columns of images, audio and video
+# Arguments of ``apply_chat_template`` that are no variables of a template.
+NO_VARIABLES = ("messages", "conversation", "tools", "chat_template", "add_generation_prompt", "tokenize")
 TOOL_ROLES = ("tool", "function", "ipython", "environment")  # their content is often JSON
 ROLES = {name: role for role, names in ALIASES.items() for name in names}  # in files -> in chat templates
 # The roles that chat templates know.
@@ -42,9 +44,9 @@ def messages(row: Row) -> Row:
     Turns have OpenAI's layout (``messages`` of role and content) or ShareGPT's (``conversations`` of from and value),
     or are two lists ``prompt`` and ``completion``, or a tree of messages (``trees``); lists may be JSON text.
     ``tools`` or ``functions`` are the tools that the assistant may call; ``system`` or ``system_prompt`` is a system
-    turn before the others. Content that is a list must hold text parts; any other list or dict becomes JSON. A turn of
-    the assistant with the weight 0, or with false under a key of ``UNTRAINED_KEYS``, is not trained on; at the end of
-    a conversation it is left out.
+    turn before the others; ``chat_template_kwargs`` are variables of the chat template. Content that is a list must
+    hold text parts; any other list or dict becomes JSON. A turn of the assistant with the weight 0, or with false under
+    a key of ``UNTRAINED_KEYS``, is not trained on; at the end of a conversation it is left out.
 
     Raises:
         NoAnswer: there is no conversation, it does not end with the assistant's turn, or its answer is not wanted.
@@ -59,7 +61,7 @@ def messages(row: Row) -> Row:
         found = [*_system(row, found[0]), *found]
     if len(found) < 2 or found[-1]["role"] != "assistant":
         raise NoAnswer("a conversation must end with the assistant's turn, after another")
-    conversation = Conversation(_until_trained(found), _tools(row))
+    conversation = Conversation(_until_trained(found), _tools(row), _variables(row))
     return row | {"conversation": conversation, "prompt": conversation.prompt, "answer": conversation.answer}
 
 
@@ -95,6 +97,8 @@ def version(row: Row) -> int:
         turns = _turns(row)
         calls = [call for turn in turns for call in _listed(turn.get("tool_calls") or [], "tool_calls")]
         tools = _listed(row.get("tools") or [], "tools")
+        if _variables(row):
+            return 4
         if any(turn.get(key) in (False, 0) for turn in turns for key in UNTRAINED_KEYS if turn.get(key) is not None):
             return 3
         if any(isinstance(tool, dict) and "function" not in tool for tool in map(_parsed, tools)):
@@ -153,6 +157,18 @@ def _tools(row: Row) -> list[Any] | None:
         return None
     found = [_schema(_parsed(tool)) for tool in _listed(given, "tools")]
     return found or None
+
+
+def _variables(row: Row) -> dict[str, Any] | None:
+    """The row's own variables of the chat template, without nulls; None if there are none."""
+    given = _parsed(row.get(VARIABLES))
+    if not given:
+        return None
+    if not isinstance(given, dict):
+        raise ValueError(f"its {VARIABLES} are not an object")
+    if wrong := next((name for name in NO_VARIABLES if name in given), None):
+        raise ValueError(f"its {VARIABLES} hold '{wrong}', which is no variable of a chat template")
+    return {name: value for name, value in given.items() if value is not None} or None
 
 
 def _parsed(value: Any) -> Any:

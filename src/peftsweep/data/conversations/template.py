@@ -10,7 +10,7 @@ from datetime import datetime
 from functools import cached_property, lru_cache
 from typing import TYPE_CHECKING, Any
 
-from peftsweep.data.conversations.turns import Conversation, Message, arguments_object, content_text
+from peftsweep.data.conversations.turns import REASONING, Conversation, Message, arguments_object, content_text
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -54,7 +54,7 @@ class ChatTemplate:
                 chat_template=self._source(conversation.tools),
                 add_generation_prompt=begun,
                 tokenize=False,
-                **self.variables,
+                **self.variables | (conversation.variables or {}),
             )
         )
 
@@ -78,7 +78,7 @@ class ChatTemplate:
             tools=conversation.tools,
             chat_template=source,
             return_assistant_tokens_mask=True,
-            **{**self.tokenizer.special_tokens_map, **self.variables},
+            **{**self.tokenizer.special_tokens_map, **self.variables, **(conversation.variables or {})},
         )
         return [(start, end) for start, end in spans[0] if start < end]
 
@@ -97,6 +97,9 @@ class ChatTemplate:
             if message.get("content") is None and self._needs_content:
                 message["content"] = ""
             message["tool_calls"] = [self._readable_call(call) for call in calls]
+        held = [key for key in REASONING if message.get(key)]
+        if held and self.reasoning_keys and not any(key in self.reasoning_keys for key in held):
+            message[self.reasoning_keys[0]] = message.pop(held[0])
         return message
 
     def _readable_call(self, call: dict[str, Any]) -> dict[str, Any]:
@@ -117,6 +120,19 @@ class ChatTemplate:
     @cached_property
     def _parts_only(self) -> bool:
         return self._takes_parts and PROBE not in self._probe([{"role": "user", "content": PROBE}])
+
+    @cached_property
+    def reasoning_keys(self) -> tuple[str, ...]:
+        """The keys of ``REASONING`` that the template writes in the last turn, beside content or a call."""
+        call = {"id": "probecall", "type": "function", "function": {"name": "probe", "arguments": ARGUMENTS}}
+        probe: Any = [{"type": "text", "text": "probe"}] if self._parts_only else "probe"
+        ways: list[Message] = [{"content": probe}, {"content": "", "tool_calls": [self._readable_call(call)]}]
+
+        def is_written(key: str) -> bool:
+            question: Message = {"role": "user", "content": probe}
+            return any(PROBE in self._probe([question, {"role": "assistant"} | way | {key: PROBE}]) for way in ways)
+
+        return tuple(filter(is_written, REASONING))
 
     @cached_property
     def _takes_objects(self) -> bool:

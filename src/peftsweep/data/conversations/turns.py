@@ -11,19 +11,25 @@ REASONING = ("reasoning_content", "reasoning", "thinking")  # keys of the reason
 UNTRAINED_KEYS = ("train", "training", "trainable", "train_on_turn", "loss", "loss_mask")
 
 
+VARIABLES = "chat_template_kwargs"  # the column of a conversation's own variables of the chat template, as TRL names it
+
+
 class Conversation(NamedTuple):
     """Messages of role and content, and the tools that the assistant may call, as chat templates take them.
 
-    A turn of the assistant that is not trained on has the ``weight`` 0.
+    A turn of the assistant that is not trained on has the ``weight`` 0. ``variables`` are further variables of the
+    chat template, such as ``enable_thinking``.
     """
 
     messages: list[Message]
     tools: list[Any] | None = None  # JSON schemas of functions
+    variables: dict[str, Any] | None = None
 
     @property
     def prompt(self) -> str:
-        """All turns before the last one, with the tools, as JSON."""
-        before: Any = {"messages": self.messages[:-1], "tools": self.tools} if self.tools else self.messages[:-1]
+        """All turns before the last one, with the tools and variables, as JSON."""
+        beside = {key: value for key, value in (("tools", self.tools), (VARIABLES, self.variables)) if value}
+        before: Any = {"messages": self.messages[:-1]} | beside if beside else self.messages[:-1]
         return json.dumps(before, ensure_ascii=False)
 
     @property
@@ -43,6 +49,12 @@ class Conversation(NamedTuple):
 def has_calls_or_reasoning(message: Message) -> bool:
     """Whether a message holds tool calls or reasoning, so that it may lack content."""
     return any(message.get(key) for key in ("tool_calls", *REASONING))
+
+
+def reasoning_text(message: Message) -> str:
+    """The reasoning of a turn: that under a key of ``REASONING``, else that in tags before its content."""
+    held = next((message[key] for key in REASONING if isinstance(message.get(key), str)), "")
+    return held or content_text(message.get("content")).rpartition("</think>")[0].rpartition("<think>")[2]
 
 
 def content_text(content: Any) -> str:
