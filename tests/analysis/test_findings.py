@@ -15,8 +15,10 @@ import pandas as pd
 import pytest
 from scipy import stats as reference
 
-from peftsweep.analysis.figures.charts import format_numbers
+from peftsweep.analysis.figures import plot
+from peftsweep.analysis.figures.charts import format_numbers, frontier_chart
 from peftsweep.analysis.statistics import comparisons, effects
+from peftsweep.analysis.statistics.task import study_tasks
 from peftsweep.analysis.text import report as text_report
 from peftsweep.analysis.text import words
 
@@ -608,13 +610,24 @@ def test_nothing_is_advised_for_its_speed_on_another_device(key: str, devices: l
     made = study(points, alike(0.5, 0.5))
     text = made.report(tmp_path)
     assert "the fastest" in text  # one device, whatever the host is called
+    assert all(_frontiers_weigh_time(made, text))
     assert "fast training at that quality" in text
     assert "Seconds of several devices" not in text
     made.table[key] = devices
     text = made.report(tmp_path)
+    assert not any(_frontiers_weigh_time(made, text))
     assert "fastest" not in text
     assert "fast training" not in text
     assert "- **Seconds of several devices** (" in text
+
+
+def _frontiers_weigh_time(made: Study, text: str) -> Iterator[bool]:
+    """Whether time is a cost in the frontiers of the report, of the page and of the plot."""
+    (task,) = study_tasks(made.table, made.predictions)
+    figure = plot.frontier(plot._configurations(task, ""), ACCURACY)
+    yield "training time" in text.partition("## Frontier")[2].partition("## ")[0]
+    yield "training time" in frontier_chart("", task, "chart")
+    yield figure is not None and any("training time" in ax.get_xlabel() for ax in figure.axes)
 
 
 def test_the_least_memory_is_that_of_those_whose_memory_is_known(tmp_path: Path) -> None:

@@ -65,14 +65,15 @@ class Axis:
         return [None if np.isnan(value) else float(f"{value:.5g}") for value in values]
 
 
-def _axes(merged: pd.DataFrame) -> tuple[list[Axis], list[Axis]]:
+def _axes(task: Task) -> tuple[list[Axis], list[Axis]]:
     """What x and y can show: costs, and scores and the speed."""
-    across = []
-    for cost in columns.costs(merged):
+    merged, across = task.configurations, []
+    for cost in task.weighed_costs:
         factor, name = cost.scale(float(merged[cost.column].max()))
         across.append(Axis(cost.column, name, factor))
     up = [Axis(score, columns.axis_name(score)) for score in columns.scores(merged)]
-    return across, [*up, *([Axis(SPEED, "tokens a second in training")] if columns.measured(merged, SPEED) else [])]
+    timed = columns.measured(merged, SPEED) and columns.TRAINING_TIME in task.weighed_costs
+    return across, [*up, *([Axis(SPEED, "tokens a second in training")] if timed else [])]
 
 
 def _named(task: str) -> str:
@@ -86,7 +87,7 @@ def frontier_chart(title: str, task: Task, name: str) -> str:
     that axis and none to the others, the other menu does so with y; a trace without x or y is not drawn.
     """
     merged = task.configurations
-    across, up = _axes(merged)
+    across, up = _axes(task)
     good = merged[merged["n"] > 0]
     if not across or not columns.scores(merged) or len(good) < 2:
         return ""

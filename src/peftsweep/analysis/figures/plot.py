@@ -184,7 +184,7 @@ def _configurations(task: Task, title: str) -> pd.DataFrame:
     }
     merged = merged.assign(**columns_by_name)
     moving = {factor: [plan.names.key(key) for key in plan.moving(factor)] for factor in (RANK, QUANT, TARGETS)}
-    merged.attrs |= {"factors": plan.factors, "task": title, "moving": moving}
+    merged.attrs |= {"factors": plan.factors, "task": title, "moving": moving, "weighed": task.weighed_costs}
     return merged
 
 
@@ -235,7 +235,7 @@ def _scores_over_factor(merged: pd.DataFrame, factor: str, shown: Sequence[str |
 
 def frontier(merged: pd.DataFrame, score: str) -> Any:
     """Quality against each cost: the best trade-offs joined and named, what they dominate faded."""
-    shown = [cost for cost in columns.costs(merged) if cost is not columns.TRAINABLE][:3]
+    shown = [cost for cost in merged.attrs["weighed"] if cost != columns.TRAINABLE][:3]
     good = merged[merged[score].notna()]
     shown = [cost for cost in shown if good[cost.column].nunique() > 1]
     if len(good) < 2 or not shown:

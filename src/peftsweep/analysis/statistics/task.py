@@ -187,6 +187,13 @@ class Task:
         return found.nunique() <= 1 and not found.str.contains("+", regex=False).any()
 
     @cached_property
+    def weighed_costs(self) -> list[columns.Cost]:
+        """The known costs that a frontier weighs against scores: not seconds of several devices."""
+        configs = self.configurations
+        in_seconds = self.one_place(configs.index[configs["n"] > 0])
+        return [cost for cost in columns.costs(configs) if in_seconds or cost.unit != "seconds"]
+
+    @cached_property
     def memory(self) -> str | None:
         return memory_of(self.table)
 

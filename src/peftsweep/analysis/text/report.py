@@ -17,7 +17,7 @@ from peftsweep.analysis.statistics import frontier
 from peftsweep.analysis.statistics import trials as statistics_trials
 from peftsweep.analysis.statistics.task import Task, study_tasks
 from peftsweep.analysis.table import columns
-from peftsweep.analysis.table.columns import QUANT, RANK, TARGETS
+from peftsweep.analysis.table.columns import QUANT, RANK, TARGETS, TRAINING_TIME
 from peftsweep.analysis.text import findings, methodology, paired, recommendations, words
 from peftsweep.analysis.text.factors import cost_cells, factor_section, standing_cell
 from peftsweep.analysis.text.recommendations import QUALITY_LOSS
@@ -220,7 +220,8 @@ def _meaning(compared: pd.DataFrame, count: int, score: str) -> str:
 
 
 def _frontier(task: Task, score: str, mark: str, figures: Sequence[str]) -> Iterator[str]:
-    costs = [c for c in (task.memory, SECONDS, ADAPTER) if c and c in task.configurations]
+    timed = TRAINING_TIME in task.weighed_costs
+    costs = [c for c in (task.memory, SECONDS if timed else None, ADAPTER) if c and c in task.configurations]
     costs = [c for c in costs if task.configurations[c].nunique() > 1]
     if not costs or len(task.compare(score)) < 2:
         yield from figures
