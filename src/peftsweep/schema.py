@@ -140,10 +140,10 @@ class DatasetConfig:
     validation: ValidationConfig = field(default_factory=ValidationConfig)  # or rows from another source
     prompt: str = MISSING  # template over the columns of a row, such as {question}
     answer: str = MISSING  # template of the answer over the same columns
-    classes: list[str] = field(default_factory=list)  # names of the classes; an answer is a name or its number
+    classes: list[str] = field(default_factory=list)  # names of the classes; an answer is one, or its number from 0
     max_length: int = 768  # tokens of prompt and answer together
     loss_on: LossOn = LossOn.answer  # text: the loss counts the prompt too
-    drop_long: bool = False  # leave out training rows of more than max_length tokens, instead of cutting them
+    drop_long: bool = False  # leave out training rows that max_length or the model's positions would cut
     chat: bool = False  # render rows with the tokenizer's chat template; false: conversations as plain paragraphs
     turns: Turns = Turns.all  # the assistant's turns in a conversation that are trained on
 

@@ -108,11 +108,13 @@ def test_tools_and_their_calls_are_kept(data_command: Data) -> None:
     call = {"type": "function", "function": {"name": "add", "arguments": {"a": 1}}}
     tools = [{"type": "function", "function": {"name": "add", "parameters": {}}}]
     turns = [{"role": "user", "content": "Add."}, {"role": "assistant", "tool_calls": [call]}]
-    rows = [{"messages": [{"role": "system", "content": str(n)}, *turns], "tools": json.dumps(tools)} for n in range(4)]
+    beside: dict[str, Any] = {"tools": json.dumps(tools), "chat_template_kwargs": {"enable_thinking": False}}
+    rows = [{"messages": [{"role": "system", "content": str(n)}, *turns]} | beside for n in range(4)]
     words = ("chat", "--path", write(rows), "--out", "out.jsonl", "--split", "0.5", "--format", "chatml")
     assert data_command(*words)[0] == 0
     assert sorted(row["messages"][0]["content"] for row in written()) == list("0123")
     assert all((row["messages"][1:], row["tools"]) == (turns, tools) for row in written())
+    assert all(row["chat_template_kwargs"] == {"enable_thinking": False} for row in written())
 
 
 def test_rows_of_one_constant_prompt_are_parted_and_another_encoding_is_read(data_command: Data) -> None:

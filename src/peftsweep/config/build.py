@@ -377,11 +377,8 @@ def _tokenize(trial: Trial, tokenizer: PreTrainedTokenizerBase, rows: list[data_
     examples = evaluations.rendered(own, templates.dataset_examples(own, rows), tokenizer, file="the training rows")
     tokens = [row for row in tokens_of(trial, tokenizer, examples) if not (own.drop_long and row.is_cut)]
     if not tokens:
-        most = min(own.max_length, tokenizer.model_max_length)
-        raise InputError(
-            f"dataset.drop_long=true: no row has at most {most} tokens, the least of dataset.max_length="
-            f"{own.max_length} and the model's positions"
-        )
+        most = f"dataset.max_length={own.max_length} or the model's {tokenizer.model_max_length} positions"
+        raise InputError(f"dataset.drop_long=true: all rows are longer than {most}")
     return tokens
 
 

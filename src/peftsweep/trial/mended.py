@@ -17,20 +17,11 @@ from peftsweep.errors import InputError
 from peftsweep.models.compatibility import PREFIX_METHODS
 from peftsweep.schema import Dtype, Init, ModelConfig, Task
 from peftsweep.study.record import Result
-from peftsweep.trial import affected_rows
+from peftsweep.trial import affected_rows, generation
 
 Values = Mapping[str, Any]
 ALL_LINEAR = "all-linear"  # PEFT's value of target_modules for all linear layers
 MLP_NAMES = ("gate_proj", "up_proj", "down_proj", "fc1", "fc2")  # module names that parts of a router have, too
-# Settings of a base that changed what transformers' own generation wrote, each with a value that changes nothing.
-BEAM_SETTINGS = {"length_penalty": 1, "early_stopping": False, "diversity_penalty": 0, "num_beam_groups": 1}
-GENERATION_SETTINGS: Mapping[str, Any] = BEAM_SETTINGS | {
-    **dict.fromkeys(("repetition_penalty", "encoder_repetition_penalty", "guidance_scale"), 1),
-    **dict.fromkeys(("no_repeat_ngram_size", "encoder_no_repeat_ngram_size", "min_length", "min_new_tokens"), 0),
-    **{name: [] for name in ("bad_words_ids", "suppress_tokens", "begin_suppress_tokens", "sequence_bias")},
-    **dict.fromkeys(("forced_bos_token_id", "forced_eos_token_id", "max_time", "stop_strings")),
-    "exponential_decay_length_penalty": None,
-}
 # Types of encoders that take padding for text: by convolutions, Fourier transforms, landmarks, pooling, the last place.
 READING_PADDING = ("canine", "convbert", "fnet", "funnel", "nystromformer", "perceiver", "xlnet", "yoso")
 EXPERT_COUNTS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
@@ -117,13 +108,24 @@ def _recurs(config: Values, _: Values) -> bool:
     return _base(config).recurrent
 
 
-def _writes_by_own_settings(config: Values, _: Values) -> bool:
-    writing = [node for node in _section(config, "eval").values() if "max_new_tokens" in node]
-    by_beams = any((node.get("num_beams") or 1) > 1 for node in writing)
+def _writes(config: Values) -> bool:
+    return any("max_new_tokens" in node for node in _evaluations(config))
+
+
+def _ways_of_writing(config: Values) -> tuple[bool, bool]:
+    """Whether texts are written by beams, and whether without a cache; both by transformers' own generation."""
+    by_beams = any((node.get("num_beams") or 1) > 1 for node in _evaluations(config) if "max_new_tokens" in node)
     without_cache = bool(config.get("method_inputs")) or _is_prompt_learning(_section(config, "method"))
-    if not writing or not (by_beams or without_cache):
+    return by_beams, without_cache and _writes(config)
+
+
+def _writes_by_own_settings(config: Values, _: Values) -> bool:
+    by_beams, without_cache = _ways_of_writing(config)
+    if not by_beams and not without_cache:
         return False
-    return bool(_base(config).own_settings if by_beams else _base(config).own_settings - BEAM_SETTINGS.keys())
+    return bool(
+        _base(config).own_settings if by_beams else _base(config).own_settings - generation.BEAM_SETTINGS.keys()
+    )
 
 
 def _generation_prompt_differs(config: Values, _: Values) -> bool:
@@ -231,10 +233,8 @@ def _compares_names_without_ends(config: Values, _: Values) -> bool:
 
 
 def _writes_its_end(config: Values, _: Values) -> bool:
-    writing = [node for node in _evaluations(config) if "max_new_tokens" in node]
-    by_beams = any((node.get("num_beams") or 1) > 1 for node in writing)
-    without_cache = bool(config.get("method_inputs")) or _is_prompt_learning(_section(config, "method"))
-    return bool(writing) and (by_beams or without_cache or _base(config).recurrent) and _base(config).plain_end
+    by_transformers = any(_ways_of_writing(config)) or (_writes(config) and _base(config).recurrent)
+    return by_transformers and _base(config).plain_end
 
 
 def _begins_behind_tokens(config: Values, _: Values) -> bool:
@@ -324,8 +324,7 @@ MENDED = (
     Mended(
         9,
         _keeps_long_rows,
-        "rows longer than the model's positions, and long rows of a classifier, were cut, though dataset.drop_long "
-        "leaves them out",
+        "long rows of a classifier, or for the model's positions, were cut, though dataset.drop_long leaves them out",
     ),
     Mended(
         9,
@@ -394,7 +393,7 @@ def _read(base: ModelConfig) -> _Base:
     shape, marks = model.architecture(base), model.load_tokenizer(base)
     bare = model.skeleton(base, classes=1)
     template = chat.ChatTemplate(marks) if marks.chat_template else None
-    ids, text, ends = marks("a").input_ids, parts.text_config(shape), _ends(base, marks)
+    ids, text, ends = marks("a").input_ids, parts.text_config(shape), generation.ends(base, marks)
     layers = getattr(text, "layer_types", None) or []
     stateful = [kind for kind in layers if not kind.endswith("attention") or kind == "linear_attention"]
     return _Base(
@@ -410,7 +409,7 @@ def _read(base: ModelConfig) -> _Base:
         ),
         recurrent=bool(stateful) or bool(getattr(bare, "_is_stateful", False)),
         balances=hasattr(bare, parts.ROUTER_LOSS),
-        own_settings=_own_settings(base) if base.init is Init.pretrained else frozenset(),
+        own_settings=generation.own_settings(base) if base.init is Init.pretrained else frozenset(),
         classifies_padding=base.task is Task.seq_cls and shape.model_type in READING_PADDING,
         embeddings=frozenset(name for name, module in bare.named_modules() if isinstance(module, nn.Embedding)),
         generation_prompt_differs=template is not None and chat.generation_prompt_differs(template),
@@ -421,31 +420,6 @@ def _read(base: ModelConfig) -> _Base:
         else template.reasoning_keys,
         plain_end=any(marks.decode([end], skip_special_tokens=True) for end in ends),
     )
-
-
-def _ends(base: ModelConfig, marks: Any) -> list[int]:
-    """The tokens that end what the base writes."""
-    own = _generation_config(base) if base.init is Init.pretrained else None
-    given = getattr(own, "eos_token_id", None)
-    ends = [marks.eos_token_id, *(given if isinstance(given, list) else [given])]
-    return [end for end in ends if end is not None]
-
-
-def _generation_config(base: ModelConfig) -> Any:
-    from transformers import GenerationConfig
-
-    from peftsweep.models import model
-
-    try:
-        return GenerationConfig.from_pretrained(model.source(base), revision=base.revision or "main")
-    except OSError:  # it has none
-        return None
-
-
-def _own_settings(base: ModelConfig) -> frozenset[str]:
-    own = _generation_config(base)
-    held = {name: getattr(own, name, None) for name in GENERATION_SETTINGS}
-    return frozenset(name for name, value in held.items() if value not in (None, GENERATION_SETTINGS[name]))
 
 
 def _section(config: Values, name: str) -> Values:

@@ -24,7 +24,8 @@ LATEX = (
     (r"\s*(?:\^\s*(?:\\circ|\{\s*\\circ\s*\})|\\degree(?![A-Za-z]))", "°"),
     (r"\\!|\\(?:left|right|displaystyle)(?![A-Za-z])|\\[()\[\]]", ""),
     (r"\\[,;: ]|\\q?quad(?![A-Za-z])|~", " "),
-    ("\N{MINUS SIGN}", "-"),
+    ("[\N{MINUS SIGN}\N{HYPHEN}\N{NON-BREAKING HYPHEN}\N{SMALL HYPHEN-MINUS}\N{FULLWIDTH HYPHEN-MINUS}]", "-"),
+    ("[\u200b-\u200d\u2060\ufeff]", ""),  # of no width
 )
 # What else is written in several ways; only numbers are read of the result.
 PLAINER = (
@@ -40,7 +41,7 @@ PLAINER = (
 )
 SUPERSCRIPTS = str.maketrans("⁰¹²³⁴⁵⁶⁷⁸⁹⁻", "0123456789-")
 BRACKETS = {"(": ")", "[": "]", "{": "}", '"': '"', "'": "'", "“": "”", "‘": "’", "«": "»"}
-END = " .,;:!?*_#"  # what may follow a number and says nothing
+END = " .,;:!?*_#。．，、；：！？"  # what may follow a number and says nothing
 
 LEAD = re.compile(
     r"""(?: \#+
@@ -70,9 +71,15 @@ GLUED = re.compile(rf"(?:[kcm]m|[km]g|ml|mph|kph|kWh|lbs?|hrs?|ft|oz|mins?|secs?
 NO_UNIT = re.compile(
     r"""(?: and|or|to|by|times|plus|minus|mod|pi|sqrt|out|of\s+\d|over|divided|squared|cubed|factorial
     | (?:more|less|fewer)\s+than
-    | hundreds?|thousands?|millions?|billions?|trillions?|lakhs?|crores?|dozens?|gross|half|halves|thirds|fourths|fifths
-    | sixths|eighths|tenths|hundredths )\b""",
+    | tens|hundreds?|thousands?|millions?|billions?|trillions?|lakhs?|crores?|dozens?|scores?|gross|half|halves
+    | mln|mil|mio|bn|mrd|tn
+    | thirds|fourths|fifths|sixths|sevenths|eighths|ninths|tenths|hundredths|thousandths )\b""",
     re.VERBOSE | re.IGNORECASE,
+)
+# A unit in Chinese, Japanese or Korean, which may follow without a blank, and what makes another number of it.
+EAST_ASIAN = re.compile(r"\s*[\u3040-\u30ff\u3400-\u9fff\uac00-\ud7af]\D*")
+EAST_ASIAN_NUMBER = re.compile(
+    "[〇零一二三四五六七八九十百千万萬億亿兆两兩半打余餘多几幾数數或십백천만억조반]|以[上下内內]|分之|~|-"
 )
 MONTH = re.compile(
     r"(?:Jan|Feb|Mar|Apr|May|Jun|Jul|Aug|Sept?|Oct|Nov|Dec)(?:uary|ruary|ch|il|e|y|ust|tember|ober|ember)?\b"
@@ -186,6 +193,8 @@ def _is_unit(rest: str) -> bool:
     rest = rest.rstrip(END)
     if not rest:
         return True
+    if EAST_ASIAN.fullmatch(rest):
+        return not EAST_ASIAN_NUMBER.search(rest)
     words = rest.strip()
     if not rest[0].isspace() or NO_UNIT.match(words) or MONTH.match(words):
         return False
