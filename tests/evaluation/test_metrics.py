@@ -68,6 +68,8 @@ ANSWERS = Path(__file__).with_name("written_answers.jsonl")
         (r"The answer is: $\boxed{\$1{,}8}$", "#### 18", False, None),
         (r"The answer is: \boxed{\$18 \text{ dollars}}", "18", True, "18"),
         (r"\boxed{18", "18", False, None),
+        (r"\boxed {17}, so it is $\fbox{18}$.", r"Hence $\boxed 18$.", True, "18"),
+        (r"in \boxed form: \boxed{18}", r"$\boxed{\frac{36}2}$", True, "18"),
         # answers that are no number
         ("The answer is: x+1.", "The answer is: x+1", True, "x+1"),
         ("The answer is: x+2", "The answer is: x+1", False, "x+2"),

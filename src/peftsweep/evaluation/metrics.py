@@ -80,6 +80,9 @@ def exact_match(prediction: str, answer: str) -> Judgement:
     return Judgement(extracted == answer.strip(), extracted or None)
 
 
+BOX = re.compile(r"\\(?:boxed|fbox)(?:\s*\{|\s+(?P<unbraced>[^\s${}][^\n$]*)\$)")
+
+
 def number_match(prediction: str, answer: str, markers: Sequence[str] = MARKERS) -> Judgement:
     """The same number as the first one that stands behind a marker such as ``####``, or in the last ``\\boxed{}``.
 
@@ -122,10 +125,17 @@ def _behind(text: str, markers: Sequence[str], flags: int = 0) -> list[str]:
 
 
 def _boxed(text: str) -> str | None:
-    """What the last ``\\boxed{}`` holds; None where there is none or it was cut off."""
-    _, box, rest = text.rpartition("\\boxed{")
-    depth = 1 if box else 0
-    for position, character in enumerate(rest if box else ""):
+    """What the last ``\\boxed{}`` or ``\\fbox{}`` holds; None where there is none or it was cut off.
+
+    Rows of MATH also have ``$\\boxed 2$``.
+    """
+    *_, last = [None, *BOX.finditer(text)]
+    if last is None:
+        return None
+    if last["unbraced"]:
+        return last["unbraced"]
+    depth = 1
+    for position, character in enumerate(rest := text[last.end() :]):
         depth += (character == "{") - (character == "}")
         if depth == 0:
             return rest[:position]

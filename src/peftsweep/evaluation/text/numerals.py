@@ -30,9 +30,11 @@ LATEX = (
 # What else is written in several ways; only numbers are read of the result.
 PLAINER = (
     (r"\{,\}", ","),
-    (r"(\d?)\s*\\frac\s*(\d)(\d)(?!\d)", r"\1 \2/\3"),
-    (r"(\d?)\s*\\frac\s*\{\s*(-?[\d.,]+)\s*\}\s*\{\s*(-?[\d.,]+)\s*\}", r"\1 \2/\3"),
-    (r"\\boxed\s*\{([^{}]*)\}", r" \1 "),
+    (
+        r"(\d?)\s*\\frac\s*(?:\{\s*(-?[\d.,]+)\s*\}|(\d))\s*(?:\{\s*(-?[\d.,]+)\s*\}|(\d)(?!\d))",
+        r"\1 \2\3/\4\5",
+    ),
+    (r"\\(?:boxed|fbox)\s*\{([^{}]*)\}", r" \1 "),
     (r"\\(?:times|cdot)(?![A-Za-z])|[×·∙⋅]", "*"),
     (r"\\approx(?![A-Za-z])|[≈≃≅]", "="),
     (r"<<[^<>]*>>", ""),  # GSM8K's marks for a calculator
