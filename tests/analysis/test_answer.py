@@ -219,6 +219,18 @@ def test_the_command_is_the_same_in_every_output_whatever_its_words_hold() -> No
         ),
         ("failed", "FloatingPointError", "nan; model.dtype=float16 overflows above 65504", "model.dtype=float16 over"),
         ("failed", "InputError", "dataset.path=x: holds no row", "Correct the key"),
+        (
+            "failed",
+            "WorkerFailed",
+            "peftsweep.errors.InputError: model.name_or_path=./x: no such folder",
+            "Correct the",
+        ),
+        (
+            "failed",
+            "InputError",
+            "r=4: its rows have changed since; run the same command again",
+            "Run the same command",
+        ),
         ("oom", "OutOfMemoryError", "no memory left; try quant=4bit, or a smaller model", "Try quant=4bit"),
         ("refused", "Oversized", "predicted to need 20.0 GB, there are 8.0 GB", "Raise memory_limit"),
         ("refused", "Refused", "oft on a 4-bit base: trains nothing", "Leave this combination out"),

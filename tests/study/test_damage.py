@@ -377,12 +377,13 @@ def test_a_damaged_note_of_a_sweep_is_named_and_the_one_before_it_is_told(
         (b'{"b": 1}', "a is missing"),
         (b'{"a": true}', "a: a boolean, not an integer"),
         (b'{"a": 1, "c": [1, "x"]}', "c.1: a text, not an integer"),
+        (b'{"a": 1, "d": "1.5"}', "d: a text, not a number"),
     ],
 )
 def test_what_is_wrong_is_said_in_one_line(content: bytes, message: str, scratch: Path) -> None:
     (scratch / "file.json").write_bytes(content)
     with pytest.raises(Unreadable, match=r"^[^\n]*$") as raised:
-        reading.read_json(scratch / "file.json", {"a": int, "c?": [int]})
+        reading.read_json(scratch / "file.json", {"a": int, "c?": [int], "d?": reading.NUMBER})
     assert str(raised.value).startswith(f"{scratch}/file.json: ")
     assert message in str(raised.value)
 

@@ -174,6 +174,17 @@ def test_a_job_that_ends_without_a_record_is_tried_twice(three: list[Trial]) -> 
     assert (ended["r2"].error or {})["message"] == "its process ended without a record"
 
 
+def test_the_stage_in_which_a_process_died_is_that_of_its_log(three: list[Trial]) -> None:
+    def launch(trials: Sequence[Trial]) -> list[None]:
+        engine.job(trials[0])
+        (done.folder(trials[0]) / "result.json").unlink()  # as if it had been killed in its last stage
+        left_behind(trials[0])
+        return [None]
+
+    (failed,) = run(three[:1], launch).values()
+    assert (failed.status, (failed.error or {})["stage"]) == (Status.failed, "eval")
+
+
 def test_what_a_job_could_not_even_begin_is_its_trials_failure(three: list[Trial]) -> None:
     ended = run(three[:1], lambda trials: [InputError("dataset.path=x: no such file")])
     assert (ended["r2"].error or {})["message"] == "dataset.path=x: no such file"

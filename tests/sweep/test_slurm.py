@@ -10,10 +10,12 @@ import subprocess
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
+from peftsweep.study.record import Status
 from tests.conftest import records, start, wait_for
 
 slurm = pytest.importorskip("peftsweep.sweep.slurm", reason="needs submitit")
@@ -118,6 +120,29 @@ def test_a_job_that_was_just_submitted_may_not_be_listed_yet(monkeypatch: pytest
     assert states(watcher, "7_0") == {"7_0": False}
     monkeypatch.setattr(slurm, "UNLISTED_SECONDS", 0.0)
     assert is_over(watcher, "7_0")
+
+
+@pytest.mark.parametrize(
+    ("state", "told", "status"),
+    [
+        ("FAILED", "slurmstepd-n1: error: StepId=3.0 exceeded memory limit (11 > 10), being killed", Status.oom),
+        (
+            "FAILED",
+            "slurmstepd: error: Detected 1 oom_kill event in StepId=3.0. Some tasks were OOM Killed.",
+            Status.oom,
+        ),
+        ("OUT_OF_MEMORY", "", Status.oom),
+        ("FAILED", "a warning of a library about out of memory", Status.failed),
+        ("CANCELLED by 1000", "slurmstepd: error: *** STEP 3.0 CANCELLED ***", Status.cancelled),
+    ],
+)
+def test_a_job_that_is_killed_for_its_memory_says_so_whatever_its_state(state: str, told: str, status: Status) -> None:
+    watcher = SimpleNamespace(get_state=lambda *_, **__: state)
+    log = f"{told}\nsrun: error: n1: task 0: Killed\n"
+    found = slurm._death(SimpleNamespace(job_id="3", watcher=watcher, stderr=lambda: log))
+    assert found.status is status
+    assert ("; try a larger hydra.launcher.mem_gb" in str(found)) == (status is Status.oom)
+    assert (told in str(found)) == (status is Status.oom)
 
 
 def test_an_interrupt_names_the_jobs_that_it_leaves_in_the_queue(

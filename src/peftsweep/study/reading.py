@@ -245,7 +245,8 @@ def compiled(shape: Shape) -> Check:
         found: Check = shape
         return found
     allowed = _types(shape)
-    return lambda value, key: None if not allowed or type(value) in allowed else _wrong(value, allowed[0], key)
+    wanted = float if float in allowed else next(iter(allowed), object)  # of an integer and a float: a number
+    return lambda value, key: None if not allowed or type(value) in allowed else _wrong(value, wanted, key)
 
 
 def _types(shape: Shape) -> tuple[type, ...]:

@@ -24,7 +24,7 @@ from peftsweep.study import record, store, sweep_record
 from peftsweep.study.claims import Claim
 from peftsweep.study.record import Result, Status, trials_in_words
 from peftsweep.sweep.workers import CLAIM_RETRY_SECONDS
-from peftsweep.trial import done, task
+from peftsweep.trial import done, outcome, task
 
 POLL_SECONDS = 1.0  # seconds between two polls of the study
 MAX_TRIES = 2  # of a trial whose process dies: if other trials died with it, the second try shows which one is faulty
@@ -116,7 +116,8 @@ def run(trials: Sequence[Trial], launch: Launch, display: Display) -> Iterator[t
             elif _is_final(problem) or tries[trial.identity] >= MAX_TRIES:
                 status = problem.status if isinstance(problem, WorkerDied) else Status.failed
                 try:
-                    died = task.died(trial, status, _failure(problem or raised), 0.0)
+                    begun = claims[trial.identity] is Claim.left
+                    died = task.died(trial, status, _failure(problem or raised, trial, begun=begun), 0.0)
                 except study_claims.Claimed:  # another sweep runs it now: wait for that one
                     again.append(trial)
                 else:
@@ -137,9 +138,10 @@ def _is_final(problem: BaseException | None) -> bool:
     return problem is not None and not (isinstance(problem, WorkerDied) and problem.status is Status.failed)
 
 
-def _failure(error: BaseException | None) -> dict[str, str]:
-    """The error in the record of a trial that could not write its record."""
-    return record.failure(error or WorkerDied("its process ended without a record"), None)
+def _failure(error: BaseException | None, trial: Trial, *, begun: bool) -> dict[str, str]:
+    """The error in the record of a trial that could not write its record; ``begun``: its process died while it ran."""
+    stage = outcome.stage_so_far(done.folder(trial)) if begun else None
+    return record.failure(error or WorkerDied("its process ended without a record"), stage)
 
 
 class _Watch:

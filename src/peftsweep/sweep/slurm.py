@@ -7,6 +7,7 @@ it no longer lists has ended.
 
 from __future__ import annotations
 
+import re
 import subprocess
 import sys
 import time
@@ -25,6 +26,8 @@ from peftsweep.sweep.engine import WorkerDied
 # The states of https://slurm.schedmd.com/squeue.html#lang-job-state after which a job writes nothing more.
 ENDED = {"BOOT_FAIL", "CANCELLED", "COMPLETED", "DEADLINE", "FAILED", "NODE_FAIL", "OUT_OF_MEMORY", "TIMEOUT", "GONE"}
 STATUSES = {"OUT_OF_MEMORY": Status.oom, "CANCELLED": Status.cancelled}
+# What SLURM writes into the log of a job that it kills for its memory; its state may be FAILED or CANCELLED.
+STARVED = re.compile(r"(?i)slurmstepd.*(exceeded (job )?memory limit|oom[-_ ]kill)")
 SQUEUE = ("squeue", "--me", "--array", "--states=all", "--noheader", "--format=%i|%T")
 UNLISTED_SECONDS = 60.0  # seconds after which a job that squeue has never listed is taken for lost
 POLL_SECONDS = 30  # most seconds between two calls of squeue
@@ -139,8 +142,10 @@ def jobs_end_alone() -> Iterator[None]:
 
 
 def _death(job: Any) -> WorkerDied:
-    """The error of a job that wrote no result, with its state and the last line of its log."""
+    """The error of a job that wrote no result, with its state and the line of its log that says most."""
     state = str(job.watcher.get_state(job.job_id, mode="cache"))
-    last = [line for line in (job.stderr() or "").splitlines() if line.strip()][-1:]
-    message = ": ".join([f"its job {job.job_id} ended ({state}) without a record", *last])
-    return WorkerDied(message, STATUSES.get(state.partition(" ")[0], Status.failed))
+    lines = [line.strip() for line in (job.stderr() or "").splitlines() if line.strip()]
+    starved = [line for line in lines if STARVED.search(line)]
+    status = Status.oom if starved else STATUSES.get(state.partition(" ")[0], Status.failed)
+    message = ": ".join([f"its job {job.job_id} ended ({state}) without a record", *(starved or lines)[-1:]])
+    return WorkerDied(message + ("; try a larger hydra.launcher.mem_gb" if status is Status.oom else ""), status)

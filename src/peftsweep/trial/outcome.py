@@ -25,12 +25,13 @@ from peftsweep.observe.tracker import Tracker
 from peftsweep.schema import Config
 from peftsweep.study import claims, record, store
 from peftsweep.study.atomic import make_way, persistently, remove_partials
-from peftsweep.study.reading import Unreadable
+from peftsweep.study.reading import Unreadable, read_text
 from peftsweep.study.record import Result, Status
 from peftsweep.training.run import Trained
 from peftsweep.trial.done import FORCED, Refused, anew, folder, hydra_files, mark_forced
 
 log = logging.getLogger(__name__)
+STAGE_LINE = re.compile(r" INFO peftsweep\.trial\.session: (\w+)$")  # of trial.log, where a stage begins
 
 
 def progress_so_far(place: Path) -> dict[str, Any]:
@@ -41,6 +42,15 @@ def progress_so_far(place: Path) -> dict[str, Any]:
         log.warning("%s", error)
         return {}
     return {"steps": steps[-1]["step"], "final_loss": steps[-1]["loss"]} if steps else {}
+
+
+def stage_so_far(place: Path) -> str | None:
+    """The stage in which a trial was cut off, by its trial.log; None if it names none."""
+    try:
+        lines = read_text(place / "trial.log").splitlines()
+    except Unreadable:
+        return None
+    return next((found[1] for line in reversed(lines) if (found := STAGE_LINE.search(line))), None)
 
 
 def empty(device: torch.device) -> None:

@@ -41,7 +41,7 @@ BY_ERROR = (
         "Run the same command again; on this machine hydra.launcher.retries=1 tries once more by itself",
     ),
     (r"(?i)ConnectionError|offline|resolve host|couldn't connect", "Check the network, or give a local folder or file"),
-    (r"^InputError", "Correct the key that the cause names"),
+    (r"^(WorkerFailed: [\w.]+\.)?InputError", "Correct the key that the cause names"),
     (r"ModuleNotFoundError|ImportError", "Install the package that the cause names"),
     (r"FileNotFoundError|(?i:no such file)", "Check the path that the cause names"),
     (
