@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+import math
 from pathlib import Path
 from typing import Any
 
@@ -89,6 +91,57 @@ def test_series_differ_in_more_than_colour_and_look_the_same_in_every_figure() -
     for key in ("color", "marker", "linestyle"):
         assert len({str(look[key]) for look in axes.series_styles(many).values()}) == axes.SERIES
     assert set(axes.series_styles(many, many[::-1])) == set(many[-axes.SERIES :])  # the best are told apart
+
+
+WORDS = [f"a-long-label-of-configuration-{n}-with-many-words" for n in range(12)]
+
+
+@pytest.mark.parametrize(
+    "factors",
+    [
+        {"choices.method": [f"method_{n}" for n in range(10)], "choices.quant": [*axes.QUANTS[:8]]},
+        {"choices.method": WORDS, "choices.targets": ["q_proj,k_proj,v_proj,o_proj,gate_proj", "qv"]},
+        {"config.method.r": [8, 16], "choices.method": METHODS, "choices.quant": QUANTS},
+    ],
+    ids=["many levels", "long names", "two ranks"],
+)
+def test_no_legend_and_no_mark_is_cut_off_or_covered(factors: dict[str, list[Any]]) -> None:
+    count = math.prod(map(len, factors.values()))
+    table = tables.trials(factors, statuses={n: ("refused", "failed", "oom")[n % 3] for n in range(0, count, 7)})
+    with_marks = ("rank_task", "frontier_task", "modules_task", "quantisation_task", "learning_curves")
+    drawn = {name: found for name, found in plot.figures(table, tables.steps(table)) if name in with_marks}
+    assert len(drawn) >= 3
+    for name, found in drawn.items():
+        found.draw_without_rendering()
+        [legend] = found.legends
+        assert legend.get_window_extent().x0 >= 0, name
+        assert legend.get_window_extent().x1 <= found.bbox.width, name
+        for ax in found.axes:
+            marks = [text for text in ax.texts if text.get_text().startswith("\N{MULTIPLICATION SIGN}")]
+            boxes = sorted((text.get_window_extent().x0, text.get_window_extent().x1) for text in marks)
+            assert all(left[1] <= right[0] for left, right in itertools.pairwise(boxes)), name
+            if boxes:
+                inside = ax.get_window_extent()
+                assert inside.x0 - 1 <= boxes[0][0] <= boxes[-1][1] <= inside.x1 + 1, name
+
+
+def test_more_ranks_than_ticks_have_powers_of_two_as_numbers() -> None:
+    drawn = figure("rank_task", tables.trials({"config.method.r": [*range(1, 9), 12, 16, 24, 32, 48, 64, 128]}))
+    drawn.draw_without_rendering()
+    for ax in drawn.axes:
+        labels = [label.get_text() for label in ax.get_xticklabels()]
+        assert {"4", "16", "64"} <= set(labels)
+        assert not any("$" in label for label in labels)
+
+
+def test_a_name_that_has_no_room_in_its_panel_is_not_written() -> None:
+    table = tables.trials({"choices.method": WORDS, "config.method.r": [8, 16]})
+    drawn = figure("frontier_task", table)
+    drawn.draw_without_rendering()
+    for ax in drawn.axes:
+        inside = ax.get_window_extent()
+        for text in ax.texts:
+            assert inside.x0 <= text.get_window_extent().x0 <= text.get_window_extent().x1 <= inside.x1
 
 
 def test_any_label_can_be_written_and_old_figures_go() -> None:

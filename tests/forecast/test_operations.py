@@ -4,18 +4,28 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable
+from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+from benchmarks import architectures
+from peft import LoraConfig
 from torch import nn
 
 from peftsweep.config import build
 from peftsweep.config.compose import Trial
-from peftsweep.forecast import forecast, operations
+from peftsweep.data.batches import collate
+from peftsweep.data.tokens import Tokens
+from peftsweep.forecast import forecast, operations, predict
 from peftsweep.forecast.allocator import Allocator
 from peftsweep.forecast.operations import Ledger, TensorSpec
 from peftsweep.forecast.predict import Prediction, Shape
 from peftsweep.forecast.trace import Tracer
+from peftsweep.models import attach, model, probe
+from peftsweep.models.losses import regularised_loss
+from peftsweep.observe.flops import count_flops
+from peftsweep.schema import Dtype, ModelConfig, TargetsConfig, Task, TrainConfig
 
 Compose = Callable[..., Trial]
 M, K, N = 6, 10, 14
@@ -76,6 +86,37 @@ def test_a_step_of_two_linear_layers_has_its_closed_form(frozen: bool) -> None:
     product = 2 * M * K * K
     # The layer's input has no gradient of its own; a frozen first layer lets nothing through to before it.
     assert ledger.flops == product * (2 + (1 if frozen else 3))
+
+
+@pytest.mark.parametrize(
+    ("kind", "task"),
+    [
+        ("phimoe", Task.causal_lm),  # whose routers add a number to a gradient
+        pytest.param("qwen3_moe", Task.causal_lm, marks=pytest.mark.slow),  # the same kind, without the number
+        pytest.param("qwen2", Task.seq_cls, marks=pytest.mark.slow),
+    ],
+)
+def test_the_flops_of_a_step_are_those_of_the_step_that_is_run(kind: str, task: Task, tmp_path: Path) -> None:
+    folder, classes = architectures.write(kind, task, tmp_path / kind), 2 * (task is Task.seq_cls)
+    config = ModelConfig(name_or_path=str(folder), dtype=Dtype.float32, task=task)
+    base: Any = model.load(config, None, torch.device("cpu"), classes)
+    base.config.pad_token_id = 0
+    if not classes:
+        probe.abilities(base)
+    rows = [Tokens(list(range(5, 29)), 24 if classes else 8, label=0 if classes else None)] * 4
+    batch, targets = collate(rows, pad_id=0), TargetsConfig(all_linear=True)
+    adapted = attach.attach(base, LoraConfig(r=4), targets, {}).train()
+
+    def run(steps: int, after_step: Callable[[], None]) -> None:
+        for _ in range(steps):
+            regularised_loss(adapted, batch).backward()
+            after_step()
+
+    expected = sum(count_flops(run, settle=1, active=1).values())
+    with torch.device("meta"):
+        planned = attach.attach(predict.skeleton(config, None, classes=classes), LoraConfig(r=4), targets, {})
+    shape = Shape(4, 24, 1 if classes else 16, batch.answer_tokens)
+    assert Tracer(planned, TrainConfig(), "cpu").step(shape).ledger.flops == expected > 0
 
 
 def test_calls_of_the_same_sizes_are_one_operation_and_others_are_not() -> None:

@@ -426,6 +426,7 @@ def test_a_head_of_its_own_is_counted_and_kept_where_the_configuration_ties_it(
                 own = {name: weights[name] for name in weights if places[name] == file}
                 save_file(own, folder / file, metadata={"format": "pt"})
             (folder / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": places}))
+        assert model.skeleton(config_of(folder)).device.type == "meta"
         planned = forecast.check(compose("model=causal_lm", f"model.name_or_path={folder}", "method=full"))
         return planned.total_parameters, model.load(config_of(folder), None, CPU)
 
@@ -463,6 +464,15 @@ def test_plain_weights_that_the_configuration_calls_quantised_are_refused(bits: 
     (folder / "config.json").write_text(json.dumps(described))
     with pytest.raises(
         InputError, match=rf"stored in {bits} bits \(quantization_config\), but model\.layers\.0\..* is not"
+    ):
+        model.load(config_of(folder), None, CPU)
+
+
+def test_generation_settings_that_transformers_cannot_read_are_one_line(tmp_path: Path) -> None:
+    folder = write("llama", tmp_path / "llama")
+    (folder / "generation_config.json").write_text("[]")
+    with pytest.raises(
+        InputError, match=r"^model\.name_or_path=.*llama: cannot be loaded \('list' object is not a mapping"
     ):
         model.load(config_of(folder), None, CPU)
 

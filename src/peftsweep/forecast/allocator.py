@@ -94,8 +94,10 @@ class Allocator(TorchDispatchMode):
             self._ledger.note(operation)
         return result
 
-    def _accumulates(self, gradient: torch.Tensor, more: Any) -> bool:
+    def _accumulates(self, gradient: Any, more: Any) -> bool:
         """Whether this adds up gradients, which autograd does in place without a dispatch mode (input_buffer.cpp)."""
+        if not isinstance(gradient, torch.Tensor):
+            return False  # a number, as where a loss is weighed
         whole = gradient.untyped_storage().nbytes() == gradient.numel() * gradient.element_size()
         alike = isinstance(more, torch.Tensor) and gradient.shape == more.shape  # ``more`` may be a number
         return self.in_backward and not torch.is_grad_enabled() and whole and alike

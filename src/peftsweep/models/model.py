@@ -377,6 +377,9 @@ def _pretrained(model: ModelConfig, quantization: Any, options: dict[str, Any], 
     except BROKEN_WEIGHTS:
         with _loading(model, "its weights"):  # raises a clear message
             raise
+    except (TypeError, ValueError, KeyError, AttributeError):  # such as of a generation_config.json
+        with _loading(model):
+            raise
     if getattr(base, "_hf_peft_config_loaded", False):
         raise InputError(f"model.name_or_path={model.name_or_path}: {WITH_ADAPTER}")
     if problem := left_out(base, info["unexpected_keys"]) or (quantization is None and not_quantised(base)):

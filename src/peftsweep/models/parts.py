@@ -102,7 +102,7 @@ def _first_and_last_rows(folder: Path, name: str) -> torch.Tensor | None:
     try:
         index = folder / "model.safetensors.index.json"
         held = json.loads(index.read_text(encoding="utf-8"))["weight_map"] if index.exists() else {name: WHOLE}
-        with safe_open(folder / held[name], framework="pt") as weights:
+        with torch.device("cpu"), safe_open(folder / held[name], framework="pt") as weights:  # also for a skeleton
             found = weights.get_slice(name)
             count = found.get_shape()[0]
             return torch.cat([found[:COMPARED], found[max(count - COMPARED, 0) :]]).float()

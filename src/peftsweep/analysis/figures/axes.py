@@ -45,11 +45,13 @@ def first_word_of(outcomes: pd.Series[Any]) -> str:
 # ---- parts of figures ------------------------------------------------------------------------------
 
 WIDTHS = {1: 5.0, 2: 3.5, 3: 2.6}  # of a panel, in inches, by how many there are
+LEGEND = 0.95  # of a figure's width at most, as letters have other widths where it is written with more dots
+LETTERS = 13  # of the size of marks, in an inch of a panel with its labels
 NAME_SIZE = 6.5
 LABEL_OFFSET: dict[str, Any] = {"textcoords": "offset points", "va": "center", "fontsize": 7}
 LABEL_BOX = {"facecolor": "white", "edgecolor": "none", "alpha": 0.7, "pad": 0.4}
 LABEL_POSITIONS = ((5, 3), (5, -3), (-5, 3), (-5, -3), (0, 6), (0, -6), (6, 0), (-6, 0))  # a point, in points
-NO_ROOM = 10.0  # of _cover: over another name, or out of the panel
+NO_ROOM, OUTSIDE = 10.0, 50.0  # of _cover: over another name or out of the panel; out of it
 GREY: dict[str, Any] = {"color": FADED, "marker": ".", "linestyle": "-"}
 
 
@@ -162,9 +164,12 @@ def draw_facets(
 
 
 def _rank_axis(ax: Any, ticks: Sequence[float]) -> None:
+    from matplotlib.ticker import FuncFormatter
+
     if min(ticks) > 0 and max(ticks) / min(ticks) > 3:
         ax.set_xscale("log", base=2)
         ax.minorticks_off()
+        ax.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
     if len(ticks) <= 12:
         ax.set_xticks(ticks, [f"{tick:g}" for tick in ticks])
 
@@ -211,9 +216,20 @@ def _series_of(ax: Any, rows: pd.DataFrame, places: Any, styles: Any, *, dodge: 
         arms = np.array([mine["value"] - mine["low"], mine["high"] - mine["value"]], dtype=float)
         ax.errorbar(at, mine["value"], yerr=np.nan_to_num(arms).clip(min=0), elinewidth=0.8, capsize=2, **look)
     missing = rows[rows["value"].isna() & rows["mark"].ne("")]
+    room = WIDTHS.get(len(ax.figure.axes), 2.6) * LETTERS / max(places.nunique(), 1)
+    sides = {places.min(): "left", places.max(): "right"} if by_factors and places.nunique() > 1 else {}
     for place, marks in missing["mark"].groupby(places[missing.index]):
-        words = "\n".join(dict.fromkeys(f"\N{MULTIPLICATION SIGN} {mark.partition(' ')[2]}" for mark in marks))
-        ax.text(place, 0.02, words, transform=ax.get_xaxis_transform(), ha="center", fontsize=7, bbox=LABEL_BOX)
+        lines = list(dict.fromkeys(f"\N{MULTIPLICATION SIGN} {mark.partition(' ')[2]}" for mark in marks))
+        upright = max(map(len, lines)) > room  # side by side they would cover each other
+        look = {"ha": sides.get(place, "center"), "rotation": 90 if upright else 0, "fontsize": 7, "bbox": LABEL_BOX}
+        ax.text(
+            place,
+            0.02,
+            ("  " if upright else "\n").join(lines),
+            transform=ax.get_xaxis_transform(),
+            va="bottom",
+            **look,
+        )
 
 
 def spans_a_decade(values: Any) -> bool:
@@ -250,11 +266,13 @@ def add_legend(figure: Any, styles: dict[str, dict[str, Any]]) -> None:
 
     handles = [Line2D([], [], label=name, **style) for name, style in styles.items()]
     if len(handles) > 1:
-        longest = max(len(name) for name in styles)
         width, height = figure.get_size_inches()
-        room = max(1, int(width * 16 / (longest + 8)))
-        figure.set_size_inches(width, height + 0.17 * math.ceil(len(handles) / room))  # its rows take no panel's room
-        figure.legend(handles=handles, loc="outside upper center", ncols=min(room, len(handles)))
+        for ncols in range(len(handles), 0, -1):
+            legend = figure.legend(handles=handles, loc="outside upper center", ncols=ncols)
+            if legend.get_window_extent(figure.canvas.get_renderer()).width < LEGEND * width * figure.dpi or ncols == 1:
+                break
+            legend.remove()
+        figure.set_size_inches(width, height + 0.17 * math.ceil(len(handles) / ncols))  # its rows take no room
 
 
 def with_caption(figure: Any, rows: pd.DataFrame, note: str = "") -> Any:
@@ -289,7 +307,7 @@ def name_points(ax: Any, x: Any, y: Any, names: Any, all_x: Any, all_y: Any) -> 
         boxes = np.array([_box(place, np.array(offset) * points, size) for offset in offsets])
         covered = [_cover(box, taken, dots, inside.extents) for box in boxes]
         best = int(np.argmin(covered))
-        if covered[best] >= NO_ROOM and len(taken):
+        if covered[best] >= (NO_ROOM if len(taken) else OUTSIDE):
             continue
         taken = np.vstack([taken, boxes[best]])
         _name(ax, at, name, *offsets[best])
@@ -307,7 +325,7 @@ def _cover(box: Any, taken: Any, dots: Any, inside: Any) -> float:
     names = ((taken[:, 0] < right) & (taken[:, 2] > left) & (taken[:, 1] < top) & (taken[:, 3] > bottom)).sum()
     points = ((dots > (left, bottom)) & (dots < (right, top))).all(axis=1).sum()
     outside = left < inside[0] or bottom < inside[1] or right > inside[2] or top > inside[3]
-    return float(10 * names + 2 * points + 50 * outside)
+    return float(NO_ROOM * names + 2 * points + OUTSIDE * outside)
 
 
 def _name(ax: Any, at: tuple[float, float], name: str, dx: float, dy: float) -> None:
