@@ -219,7 +219,7 @@ def consistent(numbers: Sequence[int], folder: Path, most: int) -> None:
 
 
 def test_no_two_sentences_of_a_report_disagree(tmp_path: Path) -> None:
-    consistent(range(8), tmp_path, most=8)
+    consistent(range(4), tmp_path, most=8)
 
 
 @pytest.mark.slow
@@ -360,13 +360,13 @@ def test_named_points_that_differ_in_four_settings_are_no_comparison_of_ranks(tm
 
 @pytest.mark.parametrize(
     ("key", "values"),
-    [
+    [  # in the fast tier an option, a list of numbers, a name that is shortened, a list of texts
         ("choices.quant", ("none", "4bit")),
-        ("config.model.dtype", ("float32", "bfloat16")),
-        ("config.dataset.samples", (100, 1000)),
+        pytest.param("config.model.dtype", ("float32", "bfloat16"), marks=pytest.mark.slow),
+        pytest.param("config.dataset.samples", (100, 1000), marks=pytest.mark.slow),
         ("config.train.optimizer_kwargs.betas", ("[0.9, 0.99]", "[0.9, 0.95]")),
         ("config.method.r", (16, 8)),
-        ("config.seed", (0, 1)),
+        pytest.param("config.seed", (0, 1), marks=pytest.mark.slow),
         ("config.targets.roles", ('["q"]', '["q", "v"]')),
     ],
 )
@@ -521,10 +521,10 @@ def test_a_configuration_without_a_score_is_said_to_be_compared_with_none(tmp_pa
 
 @pytest.mark.parametrize(
     ("status", "perplexity", "told"),
-    [
+    [  # in the fast tier a trial without a score, and one whose score is no number
         ("failed", 2.0, "1 of 3 seeds, 2 failed"),
-        ("oom", 2.0, "1 of 3 seeds, 2 oom"),
-        ("stopped", 2.0, "1 of 3 seeds, 2 stopped"),
+        pytest.param("oom", 2.0, "1 of 3 seeds, 2 oom", marks=pytest.mark.slow),
+        pytest.param("stopped", 2.0, "1 of 3 seeds, 2 stopped", marks=pytest.mark.slow),
         ("success", math.inf, "1 of 3 seeds, 2 without a finite score"),
     ],
 )
@@ -590,10 +590,10 @@ def test_a_perplexity_is_the_same_figure_wherever_it_is_told(tmp_path: Path) -> 
 
 @pytest.mark.parametrize(
     ("key", "devices"),
-    [
+    [  # in the fast tier a GPU and a CPU; a number of threads is told with the CPU
         ("meta_info.torch.gpus", ['["T4"]', '["H100"]']),
         ("meta_info.system.processor", ["a", "b"]),
-        ("meta_info.torch.threads", ["2", "1"]),
+        pytest.param("meta_info.torch.threads", ["2", "1"], marks=pytest.mark.slow),
     ],
 )
 def test_nothing_is_advised_for_its_speed_on_another_device(key: str, devices: list[str], tmp_path: Path) -> None:

@@ -53,7 +53,7 @@ def trained(scratch: Path) -> Path:
 
 
 def test_a_dry_run_says_what_a_study_will_leave_on_the_disk(scratch: Path) -> None:
-    words = ["dry_run=true", "device=cpu", "method.r=2"]
+    words = ["dry_run=true", "device=cpu", "method.r=2", "targets=q", "eval=[perplexity]"]
     plain, merged = (cli.run_one([*words, *more, f"study={len(more)}"]) for more in ([], ["adapter.merge=true"]))
     assert plain.train_info["adapter_bytes"] == merged.train_info["adapter_bytes"]
     rows = [json.loads(Path("multirun", name, "plan.json").read_text())[0] for name in "01"]

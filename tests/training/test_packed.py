@@ -113,7 +113,7 @@ def rows(tokenizer: Any) -> list[tokens.Tokens]:
 
 
 def score(adapted: Any, tokenizer: Any) -> metrics.Score:
-    found = evaluate.perplexity(adapted.eval(), tokenizer, questions(32))
+    found = evaluate.perplexity(adapted.eval(), tokenizer, questions(8))
     return found.scores["perplexity"]
 
 

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 import pandas as pd
 from numpy.typing import NDArray
 
-from peftsweep.analysis.statistics.measured import measure
+from peftsweep.analysis.statistics.measured import Measured, measure
 from peftsweep.analysis.statistics.trials import Floats, Predictions
 from peftsweep.analysis.table.columns import direction
 
@@ -28,7 +28,11 @@ def front(values: Floats) -> NDArray[np.bool_]:
 
 
 def pareto(
-    table: pd.DataFrame, columns: Sequence[str], predictions: Predictions | None = None, draws: int = 400
+    table: pd.DataFrame,
+    columns: Sequence[str],
+    predictions: Predictions | None = None,
+    draws: int = 400,
+    known: Mapping[str, Measured] | None = None,
 ) -> pd.DataFrame:
     """The front of several metrics, a row a configuration that has them all.
 
@@ -36,14 +40,15 @@ def pareto(
     ``share`` is the part of ``draws`` redraws of seeds and test rows (`Measured.draws`) in which it is so, of fewer
     where there are more than 500 configurations. A cost with one seed does not vary in them. It is missing where of a
     configuration it is not known how much its figure of the first column varies. ``attrs["chance"]`` says what the
-    redraws of the first column cover.
+    redraws of the first column cover. ``known`` are columns of the table that ``measure`` was called for already.
 
     Raises:
         ValueError: of one of them it is not known whether more or less is better.
     """
     if unknown := [c for c in columns if not direction(c)]:
         raise ValueError(f"{unknown[0]}: not known whether more or less is better")
-    measured = [measure(table, column, predictions) for column in columns]
+    known = known or {}
+    measured = [known[c] if c in known else measure(table, c, predictions) for c in columns]
     shared = sorted(set.intersection(*(set(m.numbers.tolist()) for m in measured))) if measured else []
     draws = min(draws, max(50, 200_000 // max(1, len(shared))))
     generator = np.random.default_rng(0)

@@ -11,6 +11,7 @@ import pandas as pd
 
 from peftsweep.analysis.statistics import comparisons, effects, stats, trials
 from peftsweep.analysis.statistics.effects import Moved
+from peftsweep.analysis.statistics.measured import Measured
 from peftsweep.analysis.table import columns
 from peftsweep.analysis.table.naming import Names
 from peftsweep.study.record import Status
@@ -92,6 +93,11 @@ class Task:
             predictions = self.predictions if column in self.scores else None
             self._tested[column] = comparisons.tested(self.table, column, predictions)
         return self._tested[column]
+
+    @property
+    def measured(self) -> dict[str, Measured]:
+        """The columns that ``tested`` was called for, as it has measured them."""
+        return {column: found.measured for column, found in self._tested.items() if found is not None}
 
     def compare(self, score: str) -> pd.DataFrame:
         """Every configuration against the best one."""

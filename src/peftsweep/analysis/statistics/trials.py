@@ -126,9 +126,10 @@ def one_a_seed(table: pd.DataFrame, numbers: pd.Series[int]) -> pd.DataFrame:
 
 def is_share(column: str, values: pd.Series[float]) -> bool:
     """Whether a column is a share of test rows, such as an accuracy."""
-    if evaluation(column)[1] in OF_100:
+    if not column.endswith(".value") or direction(column) < 0 or evaluation(column)[1] in OF_100:
         return False
-    return column.endswith(".value") and direction(column) >= 0 and bool(values.dropna().between(0, 1).all())
+    numbers = values.to_numpy(dtype=np.float64, na_value=np.nan)
+    return bool(((numbers >= 0) & (numbers <= 1) | np.isnan(numbers)).all())
 
 
 def binomial(column: str, value: pd.Series[float], stderr: pd.Series[float], n: pd.Series[float]) -> pd.Series[bool]:
