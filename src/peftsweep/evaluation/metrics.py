@@ -129,9 +129,10 @@ def _boxed(text: str) -> str | None:
 
     Rows of MATH also have ``$\\boxed 2$``.
     """
-    *_, last = [None, *BOX.finditer(text)]
-    if last is None:
+    boxes = list(BOX.finditer(text))
+    if not boxes:
         return None
+    last = boxes[-1]
     if last["unbraced"]:
         return last["unbraced"]
     depth = 1
