@@ -280,6 +280,23 @@ def test_a_folder_is_its_one_file_or_its_training_and_test_files() -> None:
         meaning("dataset=two")
 
 
+def test_shards_of_a_table_are_one_file() -> None:
+    for number, part in enumerate((PAIRS[:1], PAIRS[1:])):
+        write(f"shards/data/train-0000{number}-of-00002.jsonl", part)
+    write("shards/data/test-00000-of-00001.jsonl", PAIRS[:1])
+    found = meaning("dataset=shards")
+    assert found["dataset.path"] == "shards/data/train-*-of-00002.jsonl"
+    assert found["dataset.test_path"] == "shards/data/test-00000-of-00001.jsonl"
+    assert rows.read_rows(found["dataset.path"]) == PAIRS
+    named = meaning("dataset=shards/data/train-*.jsonl")
+    assert named["dataset.path"] == "shards/data/train-*.jsonl"
+    assert named["dataset.prompt"] == found["dataset.prompt"]
+    Path("shards/data/train-00000-of-00002.jsonl").unlink()
+    shorthand.forget()
+    with pytest.raises(InputError, match=r"holds 1 of the 2 files train-\*-of-00002\.jsonl; copy the others, or name"):
+        meaning("dataset=shards")
+
+
 def test_the_beginning_of_a_large_file_is_enough(monkeypatch: pytest.MonkeyPatch) -> None:
     file = write("rows.jsonl", PAIRS)
     monkeypatch.setattr(files, "BEGINNING", 200)  # bytes: in the midst of a row

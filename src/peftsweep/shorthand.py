@@ -38,6 +38,7 @@ PARTS = {  # the files of a folder by their names
     "test": r"test(\b|_).*",
     "validation": r"(valid|validation|val|dev|eval)(\b|_).*",
 }
+SHARD = re.compile(r"-\d{5}-of-(\d{5})")  # in the name of a part of a table, as the library datasets writes it
 NO_ROWS = ("dataset_info.json", "dataset_infos.json", "dataset_dict.json", "state.json", "README.md", "LICENSE.txt")
 NAMED_KEYS = ("reader", "prompt", "answer", "classes")  # of a shipped data set: how its rows are read
 KINDS = {"chat": "conversations", "text": "plain text"}  # options that need no templates
@@ -320,7 +321,7 @@ def _dataset(name: str, given: Mapping[str, str], conf: Path) -> Meaning:
         return _hub_dataset(name, given, conf)
     own = folder_files(name, path) if path.is_dir() else {"dataset.path": str(path)}
     file = own["dataset.path"]
-    if not Path(file).is_file():
+    if not files.matching(file):
         one_of_hub = "" if "." in Path(name).name[1:] else "; one of the hub is dataset=ORG/NAME:SPLIT"
         raise InputError(f"dataset={name}: {files.no_file(Path(file), one_of_hub)}")
     if files.format_of(file) not in files.FORMATS:
@@ -335,12 +336,13 @@ def _dataset(name: str, given: Mapping[str, str], conf: Path) -> Meaning:
 def folder_files(name: str, folder: Path) -> dict[str, str]:
     """The training and test file of a folder, by key: chosen by their names, or its only file.
 
-    ``name`` is the folder as given, for messages.
+    Shards of one table, as repositories on the hub have them, are one file: ``train-*-of-00002.parquet``. ``name`` is
+    the folder as given, for messages.
 
     Raises:
-        InputError: it holds no such file, or several whose names do not show their part.
+        InputError: it holds no such file, several whose names do not show their part, or not all shards.
     """
-    data = _data_files(folder) or _data_files(folder / "data")  # the layout of repositories on the hub
+    data = _whole_tables(name, _data_files(folder) or _data_files(folder / "data"))  # as repositories on the hub
     parts = {part: [one for one in data if re.fullmatch(names, one.stem, re.I)] for part, names in PARTS.items()}
     if len(data) == 1:
         return {"dataset.path": str(data[0])}
@@ -356,6 +358,25 @@ def folder_files(name: str, folder: Path) -> dict[str, str]:
     example = f"dataset={(parts['train'] or data)[0]}"
     example += f" dataset.test_path={parts['test'][0]}" if parts["test"] else ""
     raise InputError(f"dataset={name}: holds several files ({listed}); name the one to train on: {example}")
+
+
+def _whole_tables(name: str, found: Sequence[Path]) -> list[Path]:
+    """The files, with a pattern in place of all shards of a table.
+
+    Raises:
+        InputError: shards are missing.
+    """
+    tables = dict[Path, list[Path]]()
+    for file in found:
+        tables.setdefault(file.with_name(SHARD.sub(r"-*-of-\1", file.name)), []).append(file)
+    for table, files_of_it in tables.items():
+        count = SHARD.search(files_of_it[0].name)
+        if count is not None and len(files_of_it) != int(count[1]):
+            raise InputError(
+                f"dataset={name}: holds {len(files_of_it)} of the {int(count[1])} files {table.name}; copy the others, "
+                f"or name those to train on: dataset={table}"
+            )
+    return [files_of_it[0] if len(files_of_it) == 1 else table for table, files_of_it in tables.items()]
 
 
 def _data_files(folder: Path) -> list[Path]:

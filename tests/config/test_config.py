@@ -276,6 +276,24 @@ def test_a_data_file_counts_by_its_content(compose: Compose, questions: Path) ->
     assert compose(*words, "dataset.path=copy.jsonl").identity != first
 
 
+def test_files_that_a_pattern_matches_count_as_one_with_their_rows(compose: Compose, questions: Path) -> None:
+    words = ["dataset=file", 'dataset.prompt="{question}"', 'dataset.answer="{answer}"']
+    lines = questions.read_text().splitlines(keepends=True)
+    for number, part in enumerate((lines[:2], lines[2:])):
+        Path(f"part-{number}.jsonl").write_text("".join(part))
+    whole = compose(*words, "dataset.path=questions.jsonl").identity
+    assert compose(*words, "dataset.path=part-*.jsonl").identity == whole
+    test = compose(
+        *words, "dataset.path=questions.jsonl", "dataset.test_path=part-*.jsonl", "dataset.leave_out_tested=false"
+    )
+    assert test.rows is not None
+    assert len(test.rows.test) == len(lines)
+    Path("part-1.jsonl").write_text("".join(lines[3:]))
+    assert compose(*words, "dataset.path=part-*.jsonl").identity != whole
+    with pytest.raises(InputError, match=r"dataset\.path=other-\*\.jsonl: no such file"):
+        compose(*words, "dataset.path=other-*.jsonl")
+
+
 def test_a_local_model_counts_by_its_files(compose: Compose) -> None:
     named = compose("model=tiny").identity
     folder = next(iter(Path(cli.__file__).parent.glob("tiny/weights")))

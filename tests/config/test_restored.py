@@ -127,10 +127,16 @@ def test_test_path_alone_scores_a_checkpoint_on_another_file(alpaca: Path, compo
 def test_files_of_a_record_are_found_beside_its_study(
     alpaca: Path, compose: Compose, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    here = compose(f"adapter.path={alpaca}")
+    here = [compose(f"{key}={alpaca}", "study=again").identity for key in ("adapter.path", "repeat")]
     (tmp_path / "elsewhere").mkdir()
     monkeypatch.chdir(tmp_path / "elsewhere")
-    assert compose(f"adapter.path={tmp_path / alpaca}").identity == here.identity
+    found = [compose(f"{key}={tmp_path / alpaca}", "study=again").identity for key in ("adapter.path", "repeat")]
+    assert found == here
+
+
+def test_a_trial_s_folder_may_lie_directly_below_the_root() -> None:
+    held = Result({}, {}, {"model": {"name_or_path": "base"}}, folder=Path("/trial"))
+    assert restored.located("model", held) == {"name_or_path": "base"}
 
 
 @pytest.mark.parametrize("dataset", ["tiny_math", "tiny_direction", "gsm8k", "text"])

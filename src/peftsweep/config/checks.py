@@ -318,7 +318,7 @@ def check_files(config: Config) -> None:
     own = config.dataset
     named = {"path": own.path, "test_path": own.test_path, "validation.path": own.validation.path}
     for key, path in named.items():
-        if path is not None and not Path(path).is_file():
+        if path is not None and not files.matching(path):
             raise InputError(f"dataset.{key}={path}: {files.no_file(Path(path))}")
     encodings = {"dataset.encoding": own.encoding, "dataset.validation.encoding": own.validation.encoding}
     encodings |= {f"eval.{name}.encoding": node.get("encoding") for name, node in config.eval.items()}

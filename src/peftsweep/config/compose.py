@@ -318,8 +318,8 @@ def _source(cfg: DictConfig) -> str | None:
 def _rows(config: Config) -> data_rows.Rows:
     """The rows of a local dataset, read once for all points of a sweep."""
     own = config.dataset
-    files = [Path(path) for path in (own.path, own.test_path, own.validation.path) if path is not None]
-    contents = tuple(fingerprint.file_hash(file) for file in files if file.is_file())
+    paths = [path for path in (own.path, own.test_path, own.validation.path) if path is not None]
+    contents = tuple(fingerprint.file_hash(file) for path in paths for file in files.matching(path))
     return _cached_rows(pickle.dumps(config.dataset), config.train.eval_every is not None, contents)
 
 

@@ -11,8 +11,8 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
+from peftsweep.data import files, templates, tokens
 from peftsweep.data import rows as data_rows
-from peftsweep.data import templates, tokens
 from peftsweep.errors import InputError, suggest
 from peftsweep.schema import Config, DatasetConfig, Init, RowsConfig
 
@@ -40,14 +40,14 @@ def check_sources(config: Config, given: Collection[str]) -> None:
     for name in config.eval:
         source = evaluation_source(config, name)
         sections[f"eval.{name}"] = (source, [source.path])
-    for section, (source, files) in sections.items():
+    for section, (source, paths) in sections.items():
         for key in HUB_KEYS:
             if _is_given(source, f"{section}.{key}", given) and (source.path or not source.hub):
                 read = f"{section}.path={source.path} is a file" if source.path else f"there is no {section}.hub"
                 if section.startswith("eval.") and not source.path and rows_config(config.eval[section[5:]]).hub:
                     read = f"dataset.path={own.path} is read in place of {own.hub}"
                 raise InputError(f"{section}.{key}: is only for rows of the hub, and {read}")
-        if _is_given(source, f"{section}.encoding", given) and not any(files):
+        if _is_given(source, f"{section}.encoding", given) and not any(paths):
             raise InputError(f"{section}.encoding: is only for a local file, and there is no {section}.path")
     if own.test_path and _is_given(own, "dataset.hub_test_split", given):
         raise InputError(f"dataset.hub_test_split: the test rows are those of dataset.test_path={own.test_path}")
@@ -193,8 +193,9 @@ def check_conversations(config: Config) -> None:
     own = {name: evaluation_source(config, name) for name in config.eval}
     paths = [config.dataset.path, config.dataset.test_path, *(rows.path for rows in own.values())]
     folder = Path(source(config.model))
-    files = [*(Path(path) for path in paths if path), *(folder.iterdir() if folder.is_dir() else ())]
-    stamps = tuple((str(file), file.stat().st_mtime_ns, file.stat().st_size) for file in sorted(files))
+    read = [file for path in paths if path for file in files.matching(path)]
+    read += folder.iterdir() if folder.is_dir() else ()
+    stamps = tuple((str(file), file.stat().st_mtime_ns, file.stat().st_size) for file in sorted(read))
     if folder.is_dir():
         _render_all(pickle.dumps((config.model, config.dataset, config.eval)), stamps)
 

@@ -216,11 +216,12 @@ def _fill_from_record(cfg: DictConfig, given: set[str]) -> dict[str, str]:
         raise InputError(
             f"repeat={cfg.repeat}: study={cfg.study} holds the original, which must be kept; use another study"
         )
+    restored.check_record(f"repeat={cfg.repeat}", original)
     cfg.force = True  # a second repeat, with other versions, must not return the results of the first
     own = restored.own_values(cfg, given)
-    for key, value in original.config.items():
+    for key in original.config:
         if key not in repeat.NOT_REPEATED and key not in given and key in cfg:
-            restored.put(cfg, key, value)
+            restored.put(cfg, key, restored.located(key, original))
     restored.put_back(cfg, own)
     for section, commit in repeat.commits(original).items():
         if not given & {section, *(f"{section}.{key}" for key in NAMES)}:

@@ -13,7 +13,7 @@ from typing import Any
 
 from peftsweep import former_names
 from peftsweep.config.evaluations import rows_config, sets_aside
-from peftsweep.data import fingerprint
+from peftsweep.data import files, fingerprint
 from peftsweep.data import rows as data_rows
 from peftsweep.data.conversations import reader as conversations
 from peftsweep.schema import Config, DatasetConfig, Init, ModelConfig, OnMissing
@@ -149,8 +149,8 @@ def _dataset_identity(dataset: DatasetConfig, rows: data_rows.Rows | None, rule:
     if rule > 1 and _is_chat(dataset.chat, dataset.reader):
         settings["turns"] = dataset.turns
     if rows is None:
-        files = {"test_path": dataset.test_path, "validation": dataset.validation.path}
-        local = {key: _file_hash(Path(path), rule) for key, path in files.items() if path and rule > 1}
+        paths = {"test_path": dataset.test_path, "validation": dataset.validation.path}
+        local = {key: _hash_of_files(path) for key, path in paths.items() if path and rule > 1}
         return settings | ({"files": local} if local else {})
     how = {key: value for key, value in settings.items() if key not in CHOOSES_ROWS}
     if dataset.missing is not OnMissing.empty:  # other values choose rows, whose content is hashed
@@ -173,8 +173,8 @@ def model_identity(model: ModelConfig, rule: int = IDENTITY_RULE) -> dict[str, A
         return settings | {"hub": model.name_or_path, "revision": model.revision}
     if rule > 1:
         return settings | {"files": fingerprint.folder_hashes(folder)}
-    files = sorted(file for file in folder.iterdir() if file.is_file())
-    return settings | {"files": {file.name: _file_hash(file, rule) for file in files}}
+    inside = sorted(file for file in folder.iterdir() if file.is_file())
+    return settings | {"files": {file.name: _file_hash(file, rule) for file in inside}}
 
 
 def _is_chat(chat: bool | None, reader: str | None) -> bool:
@@ -191,6 +191,12 @@ def _adapter_files(path: str | None, rule: int) -> dict[str, str] | None:
     kept = folder / store.RESIDUAL
     beside = fingerprint.folder_hashes(kept) if kept.is_dir() else {}
     return fingerprint.folder_hashes(folder) | {f"{store.RESIDUAL}/{name}": found for name, found in beside.items()}
+
+
+def _hash_of_files(path: str) -> str | list[str]:
+    """The hash of a file; of several that ``path`` matches, theirs."""
+    hashes = [fingerprint.file_hash(file) for file in files.matching(path)]
+    return hashes[0] if len(hashes) == 1 else hashes
 
 
 def _file_hash(file: Path, rule: int) -> str:

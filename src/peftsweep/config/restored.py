@@ -20,7 +20,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from peftsweep.config import experiment, experiment_keys
-from peftsweep.data import fingerprint
+from peftsweep.data import files, fingerprint
 from peftsweep.errors import InputError, printable
 from peftsweep.schema import ModelConfig
 from peftsweep.study.reading import fault
@@ -84,14 +84,13 @@ def from_trial(cfg: DictConfig, given: GivenKeys, choices: Choices, held: Result
         InputError: the command line contradicts the saved weights, or names an evaluation that the trial lacks.
     """
     path, own = cfg.adapter.path, own_values(cfg, given)
-    if wrong := fault(held.config, RECORD_FIELDS, "config"):
-        raise InputError(f"adapter.path={path}: {(held.folder or Path()) / RESULT}: {wrong}")
+    check_record(f"adapter.path={path}", held)
     _check_method_of_trial(cfg, given, choices, held)
     kept = [section for section, groups in SECTIONS.items() if not given.intersection(groups)]
     kept += [section for section in WEIGHTS_SECTIONS if section not in kept]  # the command line can only repeat them
     for section in kept:
         if section in held.config:
-            put(cfg, section, _located(section, held))
+            put(cfg, section, located(section, held))
     put_back(cfg, {key: value for key, value in own.items() if key.partition(".")[0] not in WEIGHTS_SECTIONS})
     _check_base_of_trial(cfg, path, held, identify)
     _check_head(cfg, path, held)
@@ -121,7 +120,7 @@ def _contradicts(cfg: DictConfig, given: str, trained: str) -> InputError:
 def _check_base_of_trial(cfg: DictConfig, path: str, held: Result, identify: Identify) -> None:
     recorded = held.config["model"]
     how = {key: recorded[key] for key in COMPUTE_KEYS if key in recorded}
-    given, trained = _model(cfg, how), _model(cfg, dict(_located("model", held)))
+    given, trained = _model(cfg, how), _model(cfg, dict(located("model", held)))
     if given == trained:
         _say_if_changed(given, path, held, identify)
         return
@@ -186,22 +185,36 @@ def _check_head(cfg: DictConfig, path: str, held: Result) -> None:
         )
 
 
-def _located(section: str, held: Result) -> Any:
+def check_record(word: str, held: Result) -> None:
+    """Check the fields of a record that are read here; ``word`` of the command line named it.
+
+    Raises:
+        InputError: one of them is of another type.
+    """
+    if wrong := fault(held.config, RECORD_FIELDS, "config"):
+        raise InputError(f"{word}: {(held.folder or Path()) / RESULT}: {wrong}")
+
+
+def located(section: str, held: Result) -> Any:
     """A section of the record. A relative path that does not exist here is looked up beside the record's study."""
     value = held.config[section]
-    root = (held.folder or Path()).resolve().parents[2]  # of multirun/<study>/<trial>
+    above = (held.folder or Path()).resolve().parents
+    root = above[min(2, len(above) - 1)]  # of multirun/<study>/<trial>
 
     def moved(path: Any) -> Any:
         given = Path(str(path)).expanduser()
-        return str(root / given) if isinstance(path, str) and not given.exists() and (root / given).exists() else path
+        return str(root / given) if isinstance(path, str) and not is_there(given) and is_there(root / given) else path
+
+    def is_there(path: Path) -> bool:
+        return path.exists() or bool(files.matching(path))
 
     if section == "model":
         return value | {"name_or_path": moved(value["name_or_path"])}
     if section == "dataset":
         inner = value.get("validation") or {}
         inner = inner | ({"path": moved(inner["path"])} if inner.get("path") else {})
-        files = {key: moved(value.get(key)) for key in ("path", "test_path") if value.get(key)}
-        return value | files | ({"validation": inner} if inner else {})
+        own = {key: moved(value.get(key)) for key in ("path", "test_path") if value.get(key)}
+        return value | own | ({"validation": inner} if inner else {})
     if section == "eval":
         return {
             name: node | ({"path": moved(node["path"])} if node.get("path") else {}) for name, node in value.items()

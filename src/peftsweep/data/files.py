@@ -76,6 +76,14 @@ def read_rows(path: str | Path, key: str = "path", encoding: str | None = None) 
     return rows
 
 
+def matching(path: str | Path) -> list[Path]:
+    """The files that ``path`` names: one, or those of a folder whose names match ``*`` in it, such as all shards."""
+    file = Path(path)
+    if file.is_file() or "*" not in file.name:
+        return [file] if file.is_file() else []
+    return sorted(one for one in file.parent.glob(file.name) if one.is_file())
+
+
 def format_of(path: str | Path) -> str:
     """The suffix that gives the format of a file, in small letters and without .gz, such as ``.jsonl``."""
     file = Path(path)
@@ -83,14 +91,16 @@ def format_of(path: str | Path) -> str:
 
 
 def first_rows(path: str | Path, key: str = "path", encoding: str | None = None, count: int = 100) -> list[Row]:
-    """The first rows of a local file, up to ``count``; of a large file only its beginning is read.
+    """The first rows of a local file, or the first one that ``path`` matches, up to ``count``.
+
+    Of a large file only its beginning is read.
 
     Raises:
         InputError: as ``read_rows``.
     """
-    file, suffix = Path(path), format_of(path)
+    file, suffix = next(iter(matching(path)), Path(path)), format_of(path)
     if not file.is_file() or suffix not in (".jsonl", ".csv", ".tsv", ".parquet"):
-        return read_rows(path, key, encoding)[:count]
+        return read_rows(file, key, encoding)[:count]
     try:
         if suffix == ".parquet":
             import pyarrow.parquet
@@ -100,9 +110,9 @@ def first_rows(path: str | Path, key: str = "path", encoding: str | None = None,
         with gzip.open(file) if file.suffix.lower() == ".gz" else file.open("rb") as stream:
             beginning = stream.read(BEGINNING)
         lines = beginning if len(beginning) < BEGINNING else beginning.rpartition(b"\n")[0]
-        return _READERS[suffix](_decoded(lines, encoding, key))[:count] or read_rows(path, key, encoding)[:count]
+        return _READERS[suffix](_decoded(lines, encoding, key))[:count] or read_rows(file, key, encoding)[:count]
     except (ValueError, LookupError, OSError, EOFError, StopIteration, zlib.error):
-        return read_rows(path, key, encoding)[:count]  # raises the error, or reads a row that is cut at BEGINNING
+        return read_rows(file, key, encoding)[:count]  # raises the error, or reads a row that is cut at BEGINNING
 
 
 def no_file(path: Path, hint: str = "") -> str:

@@ -15,26 +15,24 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from functools import cached_property, lru_cache
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from peftsweep.data import files, hub
 from peftsweep.data.conversations import trees
 from peftsweep.data.files import FORMATS as FORMATS
 from peftsweep.data.files import Row as Row
 from peftsweep.data.files import plain_rows
+from peftsweep.data.templates import dataset_examples, templates
 from peftsweep.errors import InputError, first_line, suggest
 from peftsweep.schema import DatasetConfig, OnMissing, RowsConfig
-
-if TYPE_CHECKING:
-    pass
-from peftsweep.data.templates import dataset_examples, templates
 
 GENERATED_TEST_ROWS = 1000
 
 
 def read_rows(path: str | Path, key: str = "path", encoding: str | None = None) -> list[Row]:
-    """The rows of a local file (``files.read_rows``); messages of trees are joined to conversations."""
-    return trees.joined(files.read_rows(path, key, encoding))
+    """The rows of a local file, or of all that ``path`` matches (``files.read_rows``); of trees as conversations."""
+    parts = files.matching(path) or [Path(path)]  # reading a path that names no file says why
+    return trees.joined([row for part in parts for row in files.read_rows(part, key, encoding)])
 
 
 def hub_rows(name: str, config: str | None, split: str, revision: str | None, key: str) -> list[Row]:

@@ -96,11 +96,11 @@ def _rows(source: Values) -> list[files.Row] | None:
         return None
     file = Path(str(source["path"])).expanduser()
     try:
-        return _read(file, source.get("encoding"), file.stat().st_mtime_ns)
+        return _read(file, source.get("encoding"), tuple(one.stat().st_mtime_ns for one in files.matching(file)))
     except (InputError, OSError):
         return None
 
 
 @lru_cache(maxsize=4)
-def _read(file: Path, encoding: str | None, _: int) -> list[files.Row]:
+def _read(file: Path, encoding: str | None, _: tuple[int, ...]) -> list[files.Row]:
     return data_rows.read_rows(file, encoding=encoding)
