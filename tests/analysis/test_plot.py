@@ -130,8 +130,9 @@ def test_more_ranks_than_ticks_have_powers_of_two_as_numbers() -> None:
     drawn.draw_without_rendering()
     for ax in drawn.axes:
         labels = [label.get_text() for label in ax.get_xticklabels()]
-        assert {"4", "16", "64"} <= set(labels)
-        assert not any("$" in label for label in labels)
+        numbers = [float(label) for label in labels if label]  # which of them, versions of matplotlib choose
+        assert len(numbers) > 2
+        assert all(math.log2(number).is_integer() for number in numbers)
 
 
 def test_a_name_that_has_no_room_in_its_panel_is_not_written() -> None:

@@ -471,9 +471,7 @@ def test_plain_weights_that_the_configuration_calls_quantised_are_refused(bits: 
 def test_generation_settings_that_transformers_cannot_read_are_one_line(tmp_path: Path) -> None:
     folder = write("llama", tmp_path / "llama")
     (folder / "generation_config.json").write_text("[]")
-    with pytest.raises(
-        InputError, match=r"^model\.name_or_path=.*llama: cannot be loaded \('list' object is not a mapping"
-    ):
+    with pytest.raises(InputError, match=r"^model\.name_or_path=.*llama: cannot be loaded \(.*list"):
         model.load(config_of(folder), None, CPU)
 
 

@@ -68,6 +68,8 @@ def _loaded(name: str, config: str | None, split: str, revision: str | None, key
     # If the hub refuses or there is no network, the library loads the last cached copy, of any revision.
     wanted = None if commit is None else hub.commit_in_cache(name, "dataset", revision) or revision
     if wanted not in (commit, None):
+        if hub.problem() is None:
+            check_available(name, config, revision, key)  # says what the hub refuses
         raise InputError(
             f"{key}={name}: the last copy in the local cache is of commit {commit}, not of "
             f"{revision or 'the main branch'}; load that once with a network"
