@@ -118,7 +118,7 @@ class DatasetConfig:
     """The rows, and how a row becomes a prompt and its answer."""
 
     name: str = MISSING  # name of the dataset in tables
-    path: str | None = None  # local training rows: .json .jsonl .csv .tsv .parquet .txt .md, or .gz; or a pattern with *
+    path: str | None = None  # local training rows: .json .jsonl .csv .tsv .parquet .txt .md, or .gz; or a pattern (*)
     test_path: str | None = None  # local test rows, for the dataset's own evaluation
     encoding: str | None = None  # encoding of these files, such as cp1252; null: by the byte order mark, else UTF-8
     hub: str | None = None  # id of a dataset on the hub; a local path takes precedence over it
