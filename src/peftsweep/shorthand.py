@@ -369,14 +369,14 @@ def _whole_tables(name: str, found: Sequence[Path]) -> list[Path]:
     tables = dict[Path, list[Path]]()
     for file in found:
         tables.setdefault(file.with_name(SHARD.sub(r"-*-of-\1", file.name)), []).append(file)
-    for table, files_of_it in tables.items():
-        count = SHARD.search(files_of_it[0].name)
-        if count is not None and len(files_of_it) != int(count[1]):
+    for table, shards in tables.items():
+        count = SHARD.search(shards[0].name)
+        if count is not None and len(shards) != int(count[1]):
             raise InputError(
-                f"dataset={name}: holds {len(files_of_it)} of the {int(count[1])} files {table.name}; copy the others, "
+                f"dataset={name}: holds {len(shards)} of the {int(count[1])} files {table.name}; copy the others, "
                 f"or name those to train on: dataset={table}"
             )
-    return [files_of_it[0] if len(files_of_it) == 1 else table for table, files_of_it in tables.items()]
+    return [shards[0] if len(shards) == 1 else table for table, shards in tables.items()]
 
 
 def _data_files(folder: Path) -> list[Path]:

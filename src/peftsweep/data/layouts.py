@@ -26,21 +26,8 @@ CONTEXTS = (
 )
 MEANINGFUL = (
     *CONTEXTS,
-    *(
-        "premise",
-        "hypothesis",
-        "sentence",
-        "sentence1",
-        "sentence2",
-        "label",
-        "labels",
-        "chosen",
-        "rejected",
-        "image",
-        "images",
-        "audio",
-        "video",
-    ),
+    *("premise", "hypothesis", "sentence", "sentence1", "sentence2", "label", "labels", "chosen", "rejected"),
+    *("image", "images", "audio", "video"),
 )
 LABELS = ("label", "labels", "class", "category", "sentiment", "target", "intent")
 NUMBERS_OF_ROWS = ("", "id", "idx", "index", "key", "no", "nr", "number", "row", "uid", "uuid", "guid", "unnamed: 0")

@@ -9,8 +9,6 @@ Message = dict[str, Any]
 REASONING = ("reasoning_content", "reasoning", "thinking")  # keys of the reasoning before a message's content
 # Keys of a turn that files use in place of its weight: false means the weight 0.
 UNTRAINED_KEYS = ("train", "training", "trainable", "train_on_turn", "loss", "loss_mask")
-
-
 VARIABLES = "chat_template_kwargs"  # the column of a conversation's own variables of the chat template, as TRL names it
 
 
