@@ -168,6 +168,21 @@ def test_what_was_measured_on_a_busier_or_idler_machine_is_scaled_to_what_it_is_
     assert again.step(ledger, until=0.0)[0] == pytest.approx(now * before)
 
 
+@pytest.mark.parametrize(("later", "busy"), [(1.0, 1.0), (2.0, 2.0)])
+def test_a_process_of_a_moment_does_not_slow_a_trial_and_a_lasting_one_does(
+    device: Device, monkeypatch: pytest.MonkeyPatch, later: float, busy: float
+) -> None:
+    device.speed  # noqa: B018
+
+    def laps(_self: speed.Meter, seconds: float) -> list[float]:
+        return [(8.0 if seconds <= speed.LAP_SECONDS else later) * MEASURED.lap_seconds] * 4
+
+    monkeypatch.setattr(speed.Meter, "laps", laps)
+    again = Device(CPU, folder=device._file.parent)
+    assert again.take_kept()
+    assert again.busy == pytest.approx(busy)
+
+
 def test_what_is_timed_in_a_busy_moment_is_slowed_by_it_once(device: Device, monkeypatch: pytest.MonkeyPatch) -> None:
     device.speed  # noqa: B018
     monkeypatch.setattr(speed.Meter, "laps", lambda self, seconds: [2 * MEASURED.lap_seconds] * 4)

@@ -45,6 +45,9 @@ VERSION = 4  # of what is measured and how it is kept
 LAP = 512
 LAP_SECONDS = 0.15  # laps are repeated for this time
 LAP_PARTS = 5  # parts of that time, whose means are compared
+# Laps that are so many times as slow as those of the idle device are repeated for a longer time: most other processes
+# that run at one moment (a short command) do not run as long as a trial.
+SLOWED, SLOWED_LAPS = 1.2, 6
 LOOKED_SECONDS, LOOKED_EVERY = 0.012, 0.2  # between other timings: laps for this time, at this interval
 MOST_PROBES = 2  # probes of a device whose speed changes while it is measured
 ROUNDS = 3  # measurements of a calibration step and of its operations; the median counts
@@ -221,9 +224,14 @@ class Device:
             assert kept is not None
             self._speed = kept
             self._meter.lap_seconds = kept.lap_seconds
-            self.busy = usual(laps) / kept.lap_seconds
+            self.busy = self._how_busy(laps, SLOWED_LAPS * LAP_SECONDS)
             self.write()
         return self._speed
+
+    def _how_busy(self, laps: Sequence[float], longer: float) -> float:
+        """The seconds of a lap / those of a lap of the idle device; of laps of ``longer`` seconds if it is slowed."""
+        found = usual(laps) / self._meter.lap_seconds
+        return usual(self._meter.laps(longer)) / self._meter.lap_seconds if found > SLOWED else found
 
     def _holds(self, kept: Speed, laps: Sequence[float]) -> bool:
         """Whether a lap takes as long as when ``kept`` was measured, and the memory was not used by others then.
@@ -251,7 +259,7 @@ class Device:
         if self._speed is None:
             return False
         self._meter.lap_seconds = self._speed.lap_seconds
-        self.busy = usual(self._meter.laps(LAP_SECONDS / 3)) / self._speed.lap_seconds
+        self.busy = self._how_busy(self._meter.laps(LAP_SECONDS / 3), 2 * LAP_SECONDS)
         return True
 
     def write(self) -> None:
