@@ -82,7 +82,7 @@ def test_a_check_that_breaks_is_a_line(monkeypatch: pytest.MonkeyPatch) -> None:
     def _kernels() -> doctor.Finding:
         raise OSError("libcudart.so.12: cannot open")
 
-    found = doctor._looked_at(_kernels)
+    found = doctor._finding_of(_kernels)
     assert (found.name, found.fatal) == ("kernels", False)
     assert "libcudart.so.12" in str(found)
 

@@ -152,6 +152,12 @@ def checked(words: Sequence[str], conf: Path) -> list[str]:
     return kept
 
 
+def check_key_values(words: Sequence[str]) -> None:
+    """Refuse a word without ``=`` among those that another command passes on to ``peftsweep``."""
+    if wrong := next((word for word in words if "=" not in word), None):
+        raise InputError(f"{wrong}: must be KEY=VALUE, as for peftsweep")
+
+
 def check_twice(words: Sequence[str], conf: Path) -> None:
     """Refuse two choices of one group, and a swept key that is given again, of which Hydra would take the last.
 
@@ -227,37 +233,34 @@ def _hydra_options() -> dict[str, argparse.Action]:
 
 
 @functools.lru_cache(maxsize=4096)
-def _read(word: str) -> Override:
-    """A word as Hydra reads it, which takes milliseconds; the words of a command are checked several times."""
-    return OverridesParser.create().parse_overrides([word])[0]
+def parsed(word: str) -> Override | None:
+    """A word as Hydra parses it; None if it cannot be parsed. Cached: it takes milliseconds, and words come again."""
+    try:
+        return OverridesParser.create().parse_overrides([word])[0]
+    except (HydraException, ValueError):
+        return None
 
 
 def _parsed(word: str) -> Override:
-    try:
-        return _read(word)
-    except (HydraException, ValueError) as error:
-        key, _, value = word.partition("=")
-        if value.strip().startswith(",") or value.strip().endswith(",") or re.search(r",\s*,", value):
-            raise InputError(f"{word}: there is no value beside one of its commas") from error
-        if type_of(key) is not str and (numbers := as_sweep(key, value)):
-            raise InputError(f"{word}: cannot be read{numbers}") from error
-        for quote in ('"', "'"):
-            quoted = f"{key}={quote}{value}{quote}"
-            if quote not in value and _is_readable(quoted):
-                outer = '"' if quote == "'" else "'"
-                raise InputError(
-                    f"{word}: its value has characters of the sweep's grammar; as a text it needs quotes inside those "
-                    f"of the shell: {outer}{quoted}{outer}"
-                ) from error
-        raise InputError(f"{word}: cannot be read; must be KEY=VALUE") from error
+    if (one := parsed(word)) is None:
+        raise InputError(f"{word}: {_why_not_parsed(word)}")
+    return one
 
 
-def _is_readable(word: str) -> bool:
-    try:
-        OverridesParser.create().parse_overrides([word])
-    except (HydraException, ValueError):
-        return False
-    return True
+def _why_not_parsed(word: str) -> str:
+    key, _, value = word.partition("=")
+    if value.strip().startswith(",") or value.strip().endswith(",") or re.search(r",\s*,", value):
+        return "there is no value beside one of its commas"
+    if type_of(key) is not str and (numbers := as_sweep(key, value)):
+        return f"cannot be read{numbers}"
+    for quote, outer in (('"', "'"), ("'", '"')):
+        quoted = f"{key}={quote}{value}{quote}"
+        if quote not in value and parsed(quoted) is not None:
+            return (
+                "its value has characters of the sweep's grammar; as a text it needs quotes inside those "
+                f"of the shell: {outer}{quoted}{outer}"
+            )
+    return "cannot be read; must be KEY=VALUE"
 
 
 def _check_swept(word: str, one: Override) -> None:

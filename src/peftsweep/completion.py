@@ -21,7 +21,7 @@ from typing import Any
 
 from peftsweep import options
 from peftsweep.errors import InputError
-from peftsweep.schema import Config
+from peftsweep.schema import Config, key_types, type_of
 
 SHELLS = ("bash", "zsh", "fish")
 FLAGS = ("-m", "--help", "--version", "--cfg", "--config-dir", "--completion")
@@ -137,7 +137,7 @@ def _keys(before: Sequence[str], folders: Sequence[Path], begun: str) -> list[st
         keys = [f"hydra.launcher.{name}=" for name in SECTION.findall(launcher) if name not in HIDDEN]
         return ["hydra/launcher=", "hydra/sweeper=", *keys]
     section, dot, _ = begun.partition(".")
-    own = _of_schema(Config)
+    own = key_types(Config)
     if not dot:
         group_names = [group for group, *_ in options.groups(folders[0])] + ["sweep", "point"]
         kinds = {name: kind for name, kind in own.items() if name not in group_names or _is_section(kind)}
@@ -146,11 +146,7 @@ def _keys(before: Sequence[str], folders: Sequence[Path], begun: str) -> list[st
     if section == "method":
         return [f"method.{name}=" for name in _method_keys(_chosen("method", before, folders), folders)]
     kind = own.get(section)
-    return [f"{section}.{name}=" for name in _of_schema(kind)] if _is_section(kind) else []
-
-
-def _of_schema(section: Any) -> dict[str, Any]:
-    return typing.get_type_hints(section)
+    return [f"{section}.{name}=" for name in key_types(kind)] if _is_section(kind) else []
 
 
 def _is_section(kind: Any) -> bool:
@@ -204,11 +200,9 @@ def _values(key: str, begun: str, folders: Sequence[Path]) -> list[str]:
 
 def _of_type(key: str) -> list[str]:
     """The values of a key of the schema that has few."""
-    kind: Any = Config
-    for part in key.split("."):
-        kind = _of_schema(kind).get(part) if _is_section(kind) else None
     if key == "device":
         return [*DEVICES]
+    kind = type_of(key)
     kinds = [one for one in typing.get_args(kind) or [kind] if isinstance(one, type)]
     if bool in kinds:
         return ["true", "false"]

@@ -92,7 +92,7 @@ def main() -> None:
         sys.exit(2)
     found = []
     for check in CHECKS:
-        found.append(_looked_at(check))
+        found.append(_finding_of(check))
         if not words.json:
             print(found[-1], flush=True)
     sound = not any(one.fatal for one in found)
@@ -101,7 +101,7 @@ def main() -> None:
     sys.exit(0 if sound else 1)
 
 
-def _looked_at(check: Callable[[], Finding]) -> Finding:
+def _finding_of(check: Callable[[], Finding]) -> Finding:
     """What a check finds; one that breaks is itself a finding, as a broken package raises whatever it likes."""
     try:
         return check()

@@ -1,6 +1,7 @@
 """Exit codes and errors of the commands."""
 
 import errno
+import functools
 import os
 import re
 import sys
@@ -220,6 +221,12 @@ def as_sweep(key: str, text: str) -> str:
 def printable(text: object) -> str:
     """A text, of a file perhaps, as one line that changes nothing of a terminal: what is not printable is escaped."""
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in str(text))
+
+
+@functools.cache
+def say_once(text: str) -> None:
+    """Print a line on stderr, once in a process, as several points of a sweep may give cause for it."""
+    print(f"peftsweep: {printable(text)}", file=sys.stderr)
 
 
 def first_line(error: BaseException) -> str:

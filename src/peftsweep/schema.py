@@ -8,6 +8,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import typing
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from enum import Enum
 from typing import Any
@@ -347,3 +348,10 @@ def type_of(key: str) -> Any:
             kind = typing.get_args(kind)[1]
             return None if kind is Any else kind
     return kind
+
+
+def value_at(tree: Any, key: str, default: Any = None) -> Any:
+    """The value of a dotted key in nested mappings; ``default`` if a part of the key is missing."""
+    for part in key.split("."):
+        tree = tree.get(part, default) if isinstance(tree, Mapping) else default
+    return tree

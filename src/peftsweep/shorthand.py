@@ -10,19 +10,17 @@ import functools
 import json
 import re
 import shlex
-import sys
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import yaml
-from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import ChoiceSweep, Override, QuotedString
-from hydra.errors import HydraException
 
+from peftsweep.command_line import parsed
 from peftsweep.data import files, hub, layouts
 from peftsweep.data import rows as data_rows
-from peftsweep.errors import InputError, first_line
+from peftsweep.errors import InputError, first_line, say_once
 from peftsweep.schema import Task
 
 GROUPS = {"model": "model.name_or_path", "dataset": "dataset.path"}  # and the key that a path or hub id sets
@@ -70,8 +68,8 @@ def expanded(words: Sequence[str], folders: Iterable[Path]) -> list[str]:
     options, given = tuple(folders), _given_keys(words)
     found: list[str] = []
     for group, word in groups:
-        one = _parsed(word) if group in GROUPS else None
-        if one is None or one.package is not None:
+        one = parsed(_quote_paths(word)) if group in GROUPS else None
+        if one is None or one.package is not None:  # the check of all words says why a word cannot be parsed
             found.append(word)
             continue
         whole = one.is_sweep_override() and _exists(word.partition("=")[2])  # one file with a comma in its name
@@ -96,7 +94,7 @@ def expanded(words: Sequence[str], folders: Iterable[Path]) -> list[str]:
             found += [override(key, value) for key, value in longer[0].keys.items() if key == group or key not in given]
         if given.get("quiet", "").lower() != "true":
             for remark in filter(None, (meaning.remark for meaning in longer)):
-                _say_once(remark)
+                say_once(remark)
     return found
 
 
@@ -119,34 +117,16 @@ def _reading_keys(given: Mapping[str, str]) -> ReadingKeys:
     return tuple((values | {key: "" for key in COLUMN_KEYS if key in given}).items())
 
 
-@functools.lru_cache(maxsize=1024)
-def _parsed(word: str) -> Override | None:
-    """The word as Hydra parses it, with quotes around names outside its grammar; None if it cannot be parsed."""
-    try:
-        return OverridesParser.create().parse_overrides([_quote_paths(word)])[0]
-    except (HydraException, ValueError):
-        return None  # the check of all words reports the error
-
-
-@functools.lru_cache(maxsize=1024)
 def _quote_paths(word: str) -> str:
     """The word, with quotes around each path that Hydra's grammar cannot read, such as ``~/model`` or ``a=b.csv``."""
     group, _, value = word.partition("=")
-    if group not in GROUPS or _parses(word):
+    if group not in GROUPS or parsed(word):
         return word
     names = [value] if _exists(value) else value.split(",")
-    quoted = [name if _parses(f"{group}={name}") else _quoted(name) for name in names]
+    quoted = [name if parsed(f"{group}={name}") else _quoted(name) for name in names]
     again = f"{group}={','.join(quoted)}"
-    looks = all(_looks_like_path(name) for name in names)
-    return again if looks and _parses(again) else word
-
-
-def _parses(word: str) -> bool:
-    try:
-        OverridesParser.create().parse_overrides([word])
-    except (HydraException, ValueError):
-        return False
-    return True
+    looks = all(looks_like_path(name) for name in names)
+    return again if looks and parsed(again) else word
 
 
 def _names(one: Override) -> list[str]:
@@ -180,15 +160,10 @@ def _quoted(text: str) -> str:
     return f"{quote}{escaped}{escaped[len(escaped) - ending :]}{quote}"
 
 
-@functools.cache
-def _say_once(remark: str) -> None:
-    print(f"peftsweep: {remark}", file=sys.stderr)
-
-
 # ---- what a name is --------------------------------------------------------------------------------
 
 
-def _looks_like_path(name: str) -> bool:
+def looks_like_path(name: str) -> bool:
     """Whether a name has the form of a path, hub id or file, which no option has."""
     return "/" in name or name.startswith("~") or files.format_of(name) in files.FORMATS
 
@@ -199,7 +174,7 @@ def _path_or_hub_id(group: str, name: str, folders: tuple[Path, ...]) -> str | N
         return None
     if not name.startswith((".", "/", "~")) and any(_exists(one / group / f"{name}.yaml") for one in folders):
         return None
-    if _looks_like_path(name) or (group == "dataset" and re.search(r"\.[A-Za-z]\w{0,7}$", name)):
+    if looks_like_path(name) or (group == "dataset" and re.search(r"\.[A-Za-z]\w{0,7}$", name)):
         return name
     return f"./{name}" if _exists(name) else None
 

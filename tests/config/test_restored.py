@@ -14,6 +14,7 @@ from peftsweep import InputError, cli
 from peftsweep.config import identity, restored
 from peftsweep.config.compose import Trial
 from peftsweep.data import fingerprint
+from peftsweep.errors import say_once
 from peftsweep.models import model
 from peftsweep.study.record import Result
 
@@ -70,7 +71,7 @@ def test_a_saved_adapter_restores_the_whole_trial(alpaca: Path, compose: Compose
 def test_what_is_asked_of_a_training_is_told_as_nothing_is_trained(
     alpaca: Path, compose: Compose, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    restored.warn_once.cache_clear()
+    say_once.cache_clear()
     compose(f"adapter.path={alpaca}", "train.steps=0", "train.autocast_adapter_dtype=false")
     assert capsys.readouterr().err == ""
     one = compose(f"adapter.path={alpaca}", "train.steps=5", "train.learning_rate=1e-3", "adapter.save=true")
@@ -100,7 +101,7 @@ def test_a_base_whose_files_have_changed_is_said(
     sha = fingerprint.of_values(identity.model_identity(compose(f"adapter.path={place}").config.model))
     shutil.rmtree("multirun")
     saved({"model.name_or_path": "base"}, run_info={"identity_rule": rule}, meta_info={"model_sha": sha})
-    restored.warn_once.cache_clear()
+    say_once.cache_clear()
     capfd.readouterr()
     compose(f"adapter.path={place}")
     Path("base/README.md").write_text("a file that no library reads")

@@ -89,7 +89,7 @@ def main(options: Options) -> int:
     """``peftsweep-collect``: tables, plots and reports into each study, and one table of all chosen trials."""
     if options.out is not None:
         check_ending(options.out)
-    with _said_on_stderr() if options.json else nullcontext():
+    with redirect_stdout(sys.stderr) if options.json else nullcontext():  # stdout holds the JSON alone
         code, answers = _collected(options)
     if options.json:
         print(_one_or_all([structure.content(answer, render.plain) for answer in answers]))
@@ -157,13 +157,6 @@ def _write(
         return [], None
 
 
-@contextmanager
-def _said_on_stderr() -> Iterator[None]:
-    """What is printed meanwhile goes to stderr, so that stdout holds the JSON alone."""
-    with redirect_stdout(sys.stderr):
-        yield
-
-
 def _one_or_all(found: Sequence[Any]) -> str:
     """JSON of the one study's, or a list of those of several."""
     return json.dumps(found[0] if len(found) == 1 else found, indent=1)
@@ -174,7 +167,7 @@ def _folders(options: Options) -> list[Path]:
         if len(options.studies) > 1:
             raise InputError(f"--from-peft: fills one study, not {len(options.studies)}")
         return [interchange.from_peft(options.from_peft, *map(Path, options.studies))]
-    found = [store.find(name) for name in options.studies] if options.studies else store.studies()
+    found = store.chosen(options.studies)
     if not found:
         raise InputError(f"no study under {store.ROOT}/; run peftsweep first, or name a study's folder")
     return found
@@ -214,7 +207,7 @@ class Standing:
 
 def status(names: Sequence[str], as_json: bool = False) -> int:
     """``peftsweep-collect --status``: counts by status, what runs, what failed and why; writes nothing."""
-    found = [_standing(store.find(name) if isinstance(name, str) else name) for name in names or store.studies()]
+    found = [_standing(folder) for folder in store.chosen(names)]
     if as_json:
         print(_one_or_all([record.plain(one) for one in found]))
         return 0

@@ -135,7 +135,7 @@ def _value(scores: Mapping[str, Any], metric: str) -> float | None:
 def _validations(result: Result, score: str | None) -> list[dict[str, Any]]:
     """Their rows of the training: one a validation of ours, with the loss last logged before it."""
     rows, loss = [], None
-    for line in record.usable_lines((result.folder or Path()) / STEPS, record.STEP, whole=False):
+    for line in record.usable_lines((result.folder or Path()) / STEPS, record.STEP):
         loss = line.get("loss", loss)
         if f"validation_{score}" in line:
             validation = {"valid accuracy": line[f"validation_{score}"], "train loss": loss}

@@ -69,7 +69,7 @@ def line(results: Sequence[Result]) -> str | None:
 
 def main(names: Sequence[str]) -> int:
     """``peftsweep-collect --forecast-report``: a row a study and kind of seconds, and one of all together."""
-    folders = [store.find(name) for name in names] if names else store.studies()
+    folders = store.chosen(names)
     if not folders:
         raise InputError("--forecast-report: there is no study under multirun/")
     studies = {str(folder): store.records(folder, most=10**6) for folder in folders}

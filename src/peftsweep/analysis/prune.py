@@ -26,7 +26,7 @@ class Removable:
 
 def main(names: Sequence[str], keep_best: int, *, confirmed: bool) -> int:
     """``peftsweep-collect --prune``: list what can be removed, and remove it if that is ``confirmed``."""
-    for folder in [store.find(name) for name in names] if names else store.studies():
+    for folder in store.chosen(names):
         found = removable(folder, keep_best)
         for one in found:
             print(f"{'removed' if confirmed else 'can be removed'}: {one.folder} ({size(one.bytes)})")

@@ -22,7 +22,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from peftsweep.config import evaluations, identity
 from peftsweep.config.compose import Trial
-from peftsweep.config.evaluations import ROWS_KEYS
+from peftsweep.config.evaluations import HARNESS, ROWS_KEYS
 from peftsweep.config.identity import content_hash, model_identity
 from peftsweep.data import fingerprint, templates
 from peftsweep.data import rows as data_rows
@@ -49,7 +49,6 @@ from peftsweep.study.trust import as_text
 
 log = logging.getLogger(__name__)
 
-HARNESS = "peftsweep.evaluation.harness.lm_eval"
 MIN_CACHED_SECONDS = 5.0  # tokenising that takes longer is cached in the study's folder
 MIN_ADALORA_STEPS = 2  # in the first step PEFT measures the importance of each rank
 TOKENS_FORMAT = 5  # version of the cache of tokens; it rises when the same rows become other tokens

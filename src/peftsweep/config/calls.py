@@ -18,7 +18,7 @@ from enum import Enum
 from typing import Any
 
 from peftsweep import limits, schema
-from peftsweep.config.evaluations import ROWS_KEYS
+from peftsweep.config.evaluations import HARNESS, ROWS_KEYS
 from peftsweep.config.experiment import ORIGIN
 from peftsweep.errors import InputError, as_sweep, first_line, suggest, synonyms
 from peftsweep.schema import Config, LossOn, ModelConfig, RowsConfig, Task
@@ -36,7 +36,7 @@ GENERATION = "peftsweep.evaluation.evaluate.generation"
 TEXT = "peftsweep.evaluation.text.overlap.generated_text"
 LANGUAGE_MODEL_ONLY = ("peftsweep.evaluation.evaluate.perplexity", GENERATION, TEXT)
 REQUIRED_PACKAGES: dict[str, tuple[tuple[str, ...], str]] = {  # the modules that a target needs, and their extra
-    "peftsweep.evaluation.harness.lm_eval": (("lm_eval",), "lm_eval"),
+    HARNESS: (("lm_eval",), "lm_eval"),
     "peftsweep.evaluation.metrics.math_verify_match": (("math_verify",), "lm_eval"),
 }
 # Options that must be numbers, although PEFT annotates them as optional.
@@ -313,11 +313,9 @@ def type_in_words(hint: Any) -> str:
         return one_of(typing.get_args(hint))
     if _is_enum(hint):
         return one_of(member.value for member in hint)
-    return (
-        "null"
-        if hint is type(None)
-        else inspect.formatannotation(hint).replace("typing.", "").replace("collections.abc.", "")
-    )
+    if hint is type(None):
+        return "null"
+    return inspect.formatannotation(hint).replace("typing.", "").replace("collections.abc.", "")
 
 
 def numeric_options(tree: Mapping[str, Any]) -> dict[str, limits.Option]:
@@ -444,5 +442,5 @@ def schema_type(key: str) -> str | None:
         return None
     inner = [one for one in typing.get_args(kind) or [kind] if one is not type(None)]
     if isinstance(inner[0], type) and issubclass(inner[0], Enum):
-        return "one of " + ", ".join(inner[0].__members__) + (", null" if len(typing.get_args(kind)) > 1 else "")
+        return one_of([*inner[0].__members__, *(["null"] if len(typing.get_args(kind)) > 1 else [])])
     return type_in_words(kind)

@@ -12,13 +12,13 @@ from hydra.errors import MissingConfigException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from peftsweep import limits, options
+from peftsweep import limits, options, shorthand
 from peftsweep.config import calls
 from peftsweep.config.calls import numeric_options
 from peftsweep.data import files
 from peftsweep.data import rows as data_rows
 from peftsweep.errors import InputError, as_sweep, first_line, suggest, synonyms
-from peftsweep.schema import Config, Dtype, Resource, key_types
+from peftsweep.schema import Config, Dtype, Resource, key_types, value_at
 from peftsweep.study import rungs, store
 from peftsweep.study.record import SECTIONS
 
@@ -88,7 +88,7 @@ def check_values(tree: dict[str, Any]) -> None:
         InputError: the message names the key and what is allowed.
     """
     for key, allowed in ALLOWED_WORDS.items():
-        if (value := _at(tree, key)) is not None and value not in allowed:
+        if (value := value_at(tree, key)) is not None and value not in allowed:
             raise InputError(f"{key}={value}: must be one of {', '.join(allowed)}")
     limits.check(tree, numeric_options(tree))
     if tree["train"]["keep_best"] and tree["train"]["eval_every"] is None:
@@ -100,7 +100,7 @@ def check_values(tree: dict[str, Any]) -> None:
             f"train.patience={tree['train']['patience']}: needs train.eval_every, as it counts validations"
         )
     for key in ("train.best_metric", "halving.metric", "tune.metric"):
-        metric = _at(tree, key) or "loss"
+        metric = value_at(tree, key) or "loss"
         if metric != "loss" and metric.partition(".")[0] not in tree["eval"]:
             raise InputError(f"{key}={metric}: must be loss or <eval>.<metric> of {', '.join(tree['eval'])}")
     if tree["memory_limit"] is not None:
@@ -297,12 +297,6 @@ def size_in_bytes(text: str, key: str) -> float:
     return float(found[1]) * UNITS[found[2]]
 
 
-def _at(tree: Any, key: str) -> Any:
-    for part in key.split("."):
-        tree = tree.get(part) if isinstance(tree, dict) else None
-    return tree
-
-
 def check_warmup(config: Config, rows: data_rows.Rows | None) -> None:
     """Refuse a warm-up that is not shorter than the training, if its length is known without tokenising."""
     from peftsweep.training import length, optimizer  # imports torch, which `--help` must not
@@ -391,8 +385,8 @@ def one_line(error: BaseException, own_folders: Iterable[Path] = ()) -> str:
 def _path_in_yaml(error: MissingConfigException) -> str | None:
     """The message for a path in the defaults of a yaml, which must name options; None for another error."""
     group, _, name = str(error.missing_cfg_file).partition("/")
-    if group not in ANY or not ("/" in name or name.startswith("~") or files.format_of(name) in files.FORMATS):
+    if group not in shorthand.GROUPS or not shorthand.looks_like_path(name):
         return None
     where = "works on the command line and in the params of a sweep, not in the defaults of a yaml or another sweeper"
-    key = {"model": "model.name_or_path", "dataset": "dataset.path"}[group]
+    key = shorthand.GROUPS[group]
     return f"{group}={name}: {where}; give {key} there"

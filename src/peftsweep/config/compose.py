@@ -237,7 +237,7 @@ def checked(values: Filled) -> Trial:
     check_calls(config, choices)
     check_files(config)
     check_sources(config, {word.lstrip("+").partition("=")[0] for word in values.overrides})
-    rows = None if config.dataset.hub and not config.dataset.path else _rows(config)
+    rows = _rows(config)
     check_evaluation_rows(config, rows or _test_rows(config))
     check_warmup(config, rows)
     check_metrics(config)
@@ -302,7 +302,7 @@ def with_rows(trial: Trial) -> Trial:
     config = trial.config
     if trial.offline:
         hub.go_offline()
-    rows = None if config.dataset.hub and not config.dataset.path else _rows(config)
+    rows = _rows(config)
     if identity_of(config, rows).training != trial.training:
         raise InputError("dataset: the files have changed since the sweep began")
     return dataclasses.replace(trial, rows=rows)
@@ -315,9 +315,11 @@ def _source(cfg: DictConfig) -> str | None:
     return next((f"{key}={path}" for key, path in paths.items() if path is not None), None)
 
 
-def _rows(config: Config) -> data_rows.Rows:
-    """The rows of a local dataset, read once for all points of a sweep."""
+def _rows(config: Config) -> data_rows.Rows | None:
+    """The rows of a local dataset, read once for all points of a sweep; None for one of the hub."""
     own = config.dataset
+    if own.hub and not own.path:
+        return None
     paths = [path for path in (own.path, own.test_path, own.validation.path) if path is not None]
     contents = tuple(fingerprint.file_hash(file) for path in paths for file in files.matching(path))
     return _cached_rows(pickle.dumps(config.dataset), config.train.eval_every is not None, contents)

@@ -61,11 +61,6 @@ class Reading:
     taken: dict[str, list[str]] = field(default_factory=dict)  # field -> the keys it went to
     not_taken: dict[str, str] = field(default_factory=dict)  # field -> why
 
-    def take(self, name: str, **keys: Any) -> None:
-        """Put the value of the field ``name`` under keys, whose dots are written ``__``."""
-        for key, value in keys.items():
-            self.put(name, key.replace("__", "."), value)
-
     def put(self, name: str, key: str, value: Any) -> None:
         """Put the value of the field ``name`` under ``key``."""
         self.keys[key] = value
@@ -265,10 +260,8 @@ def translated(parameters: Mapping[str, Any], source: str) -> Reading:
     if "model_id" in values:
         _take_model(found, "model_id", values["model_id"])
     if "compile" in values:
-        dynamic = True if values["compile"] else None
-        found.take(
-            "compile", train__compile="inductor" if values["compile"] else "none", train__compile_dynamic=dynamic
-        )
+        found.put("compile", "train.compile", "inductor" if values["compile"] else "none")
+        found.put("compile", "train.compile_dynamic", True if values["compile"] else None)
     if "query_template" in values:
         if "{query}" not in str(values["query_template"]):
             raise InputError(f"{source}: query_template must contain {{query}}")
@@ -284,15 +277,16 @@ def translated(parameters: Mapping[str, Any], source: str) -> Reading:
 
 def _take_optimizer(found: Reading, fields: Mapping[str, Any], source: str) -> None:
     kind, options = fields["optimizer_type"], dict(fields["optimizer_kwargs"])
-    found.take("optimizer_type", train__optimizer=OPTIMIZERS.get(str(kind).lower(), f"torch.optim.{kind}"))
-    found.take("optimizer_kwargs", train__learning_rate=options.pop("lr", 1e-3))  # torch's default
-    found.take("optimizer_kwargs", train__weight_decay=options.pop("weight_decay", 0.01))  # torch's default
-    found.take("optimizer_kwargs", train__optimizer_kwargs=options)
+    found.put("optimizer_type", "train.optimizer", OPTIMIZERS.get(str(kind).lower(), f"torch.optim.{kind}"))
+    found.put("optimizer_kwargs", "train.learning_rate", options.pop("lr", 1e-3))  # torch's default
+    found.put("optimizer_kwargs", "train.weight_decay", options.pop("weight_decay", 0.01))  # torch's default
+    found.put("optimizer_kwargs", "train.optimizer_kwargs", options)
     found.keys["train.learning_rate_scale"] = 1.0
     if fields["lr_scheduler"] not in ("cosine", None):
         raise InputError(f"{source}: lr_scheduler must be cosine or null")
     cosine = fields["lr_scheduler"] == "cosine"
-    found.take("lr_scheduler", train__schedule="cosine" if cosine else "constant", train__warmup=0.1 if cosine else 0.0)
+    found.put("lr_scheduler", "train.schedule", "cosine" if cosine else "constant")
+    found.put("lr_scheduler", "train.warmup", 0.1 if cosine else 0.0)
 
 
 def _take_validation(found: Reading, fields: Mapping[str, Any], own: Mapping[str, Any], source: str) -> None:
@@ -321,7 +315,7 @@ def _take_validation(found: Reading, fields: Mapping[str, Any], own: Mapping[str
 def _take_numbers(found: Reading, fields: Mapping[str, Any], source: str) -> None:
     """Take the number formats of the base's weights and of autocast."""
     # PEFT's comparison calls torch.autocast with float16, and scales the loss.
-    found.take("use_amp", train__autocast="float16" if fields["use_amp"] else None)
+    found.put("use_amp", "train.autocast", "float16" if fields["use_amp"] else None)
     dtype = fields.get("dtype")
     if dtype in QUANTISED:
         found.put("dtype", "quant", QUANTISED[dtype])
@@ -358,7 +352,7 @@ def benchmark(fields: Mapping[str, Any], source: str) -> Reading:
     if dtype is not None:
         if dtype not in ("float32", "float16", "bfloat16"):
             raise InputError(f"{source}: dtype={dtype}: must be float32, float16 or bfloat16")
-        found.take("dtype", model__dtype=dtype)
+        found.put("dtype", "model.dtype", dtype)
     _take_bits(found, fields, str(dtype or "float16"))
     for name in fields:
         if name not in found.taken:

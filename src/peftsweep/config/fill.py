@@ -18,8 +18,8 @@ from omegaconf import DictConfig, OmegaConf
 from peftsweep.config import experiment, experiment_keys, repeat, restored
 from peftsweep.config.calls import GENERATION
 from peftsweep.config.checks import FORMATS
-from peftsweep.config.identity import FORMER_NAMES, current_name, model_identity
-from peftsweep.errors import InputError
+from peftsweep.config.identity import current_name, model_identity
+from peftsweep.errors import InputError, say_once
 from peftsweep.models.quantised import libraries
 from peftsweep.options import conf_dir as conf_dir
 from peftsweep.schema import Config
@@ -64,8 +64,6 @@ def _schema() -> DictConfig:
 
 def use_current_names(cfg: DictConfig) -> None:
     """Replace former names of classes and functions, in every ``_target_``, by their present names."""
-    if not FORMER_NAMES:
-        return
     nodes = [cfg]
     while nodes:
         node = nodes.pop()
@@ -242,7 +240,7 @@ def _fill_from_adapter(cfg: DictConfig, given: set[str], choices: Mapping[str, s
             if base is not None:
                 made["model"] = _use_base(cfg, base, given)
     if unused := _unused_training_keys(cfg, given):
-        restored.warn_once(
+        say_once(
             f"{', '.join(unused)}: not used with adapter.path={cfg.adapter.path}, which is evaluated and not trained"
         )
     cfg.train.steps, cfg.train.epochs, cfg.adapter.save, cfg.method_setup = 0, None, False, {}

@@ -24,8 +24,6 @@ IDENTITY_LENGTH = 10  # hex digits: a study of 10,000 trials has a clash once in
 # The version of the rule, which a record keeps; trials are also recognised by earlier versions. Versions 3 to 9 have
 # the hashes of version 2: they mark records whose numbers a fault has changed since then, see trial/mended.py.
 IDENTITY_RULE = 9
-# Former names of modules, classes and functions -> their present names. An identity keeps the former name.
-FORMER_NAMES = former_names.MODULES
 # Classes that conf/ names, and the longer names that identities of the first rule have for them.
 NAMES_OF_RULE_1 = {f"peft.{name}": f"peft.tuners.lora.config.{name}" for name in ("KasaConfig", "BdLoraConfig")}
 CALLS = ("method", "method_setup", "quant")  # sections with a _target_
@@ -240,7 +238,7 @@ def canonical_name(target: str, rule: int = IDENTITY_RULE) -> str:
 
     It is the shortest dotted name under which it can be imported; if the class has moved, its first name.
     """
-    before = {now: before for before, now in FORMER_NAMES.items()}
+    before = {now: before for before, now in former_names.MODULES.items()}  # an identity keeps the former name
     return _renamed(target, before) if rule == 1 else _renamed(_shortest(target), before | NAMES_OF_RULE_1)
 
 
@@ -256,7 +254,7 @@ def _shortest(target: str) -> str:
 
 def current_name(target: str) -> str:
     """The present name of a class or function, by any of its names."""
-    return _renamed(target, FORMER_NAMES)
+    return _renamed(target, former_names.MODULES)
 
 
 def _renamed(target: str, names: Mapping[str, str]) -> str:

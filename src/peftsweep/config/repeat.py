@@ -304,7 +304,7 @@ def _figures(before: Flat, after: Flat) -> list[Figure]:
 
 def _losses(before: Path, after: Path) -> tuple[int, int | None]:
     logs = [
-        {row["step"]: row["loss"] for row in record.usable_lines(place / STEPS, STEP, whole=False) if "loss" in row}
+        {row["step"]: row["loss"] for row in record.usable_lines(place / STEPS, STEP) if "loss" in row}
         for place in (before, after)
     ]
     both = sorted(logs[0].keys() & logs[1].keys())

@@ -8,10 +8,8 @@ from __future__ import annotations
 
 import copy
 import dataclasses
-import functools
 import inspect
 import pydoc
-import sys
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, cast
@@ -21,8 +19,8 @@ from omegaconf.errors import OmegaConfBaseException
 
 from peftsweep.config import experiment, experiment_keys
 from peftsweep.data import files, fingerprint
-from peftsweep.errors import InputError, printable
-from peftsweep.schema import ModelConfig
+from peftsweep.errors import InputError, say_once
+from peftsweep.schema import ModelConfig, value_at
 from peftsweep.study.reading import fault
 from peftsweep.study.record import RESULT, Result
 from peftsweep.study.trust import as_text
@@ -143,16 +141,10 @@ def _say_if_changed(base: ModelConfig, path: str, held: Result, identify: Identi
     except InputError:  # it is not there any more, which its loading says
         return
     if "files" in now and fingerprint.of_values(now) != held.meta_info.get("model_sha"):
-        warn_once(
+        say_once(
             f"model.name_or_path={base.name_or_path}: its files have changed since the trial of adapter.path={path} "
             "was trained on them"
         )
-
-
-@functools.cache
-def warn_once(text: str) -> None:
-    """Print a line on stderr, once in a process, as every point of a sweep is filled."""
-    print(f"peftsweep: {printable(text)}", file=sys.stderr)
 
 
 def _same(given: ModelConfig, trained: ModelConfig, identify: Identify) -> bool:
@@ -223,9 +215,9 @@ def located(section: str, held: Result) -> Any:
 
 
 def _at(tree: Any, key: str) -> Any:
-    for part in key.split("."):
-        tree = tree.get(part) if isinstance(tree, Mapping | DictConfig) else None
-    return getattr(tree, "name", tree)
+    """The value of a dotted key; of an Enum's member its name."""
+    found = value_at(tree, key)
+    return getattr(found, "name", found)
 
 
 def _plain(cfg: DictConfig, key: str) -> Any:

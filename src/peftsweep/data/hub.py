@@ -15,7 +15,7 @@ from pathlib import Path
 from threading import Thread
 from typing import Any
 
-from peftsweep.errors import InputError
+from peftsweep.errors import InputError, say_once
 
 HUB_TIMEOUT_SECONDS = 4.0  # seconds without an answer, after which the hub counts as unreachable
 GATEWAY_ERRORS = (502, 503, 504)  # statuses of a proxy in front of the hub
@@ -43,11 +43,6 @@ def problem() -> str | None:
         return None
     go_offline()
     return f"{constants.ENDPOINT} cannot be reached ({reason})"
-
-
-@functools.cache
-def _say_once(text: str) -> None:
-    print(f"peftsweep: {text}", file=sys.stderr)
 
 
 def _ask(endpoint: str) -> str | None:
@@ -111,16 +106,16 @@ def commit_in_cache(name: str, kind: str, revision: str | None) -> str | None:
     return Path(folder).name
 
 
-def check_access(name: str, kind: str, revision: str | None) -> None:
-    """Check that the hub gives access to a repository (``kind`` is model or dataset).
+def check_access(name: str, revision: str | None) -> None:
+    """Check that the hub gives access to a dataset.
 
     Raises:
         OSError, or another error of the client: there is no such repository or revision, or it is gated.
     """
     from huggingface_hub import HfApi
 
-    if HfApi().repo_info(name, revision=revision, repo_type=kind).gated:
-        HfApi().auth_check(name, repo_type=kind)
+    if HfApi().repo_info(name, revision=revision, repo_type="dataset").gated:
+        HfApi().auth_check(name, repo_type="dataset")
 
 
 @contextmanager
@@ -137,7 +132,7 @@ def loading(what: str, instead: str, choices: str = "") -> Iterator[None]:
     try:
         yield
         if unreachable and not offline:
-            _say_once(f"{unreachable}: what is in the local cache is used")
+            say_once(f"{unreachable}: what is in the local cache is used")
     except InputError:
         raise
     except Exception as error:  # the HTTP client, its cache and parsers raise types of their own

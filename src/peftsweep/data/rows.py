@@ -62,7 +62,7 @@ def _loaded(name: str, config: str | None, split: str, revision: str | None, key
             found = datasets.load_dataset(name, config, split=split, revision=revision)
         except Exception:
             if hub.problem() is None:
-                hub.check_access(name, "dataset", revision)  # its error is clearer
+                hub.check_access(name, revision)  # its error is clearer
             raise
     commit = _commit(found)
     # If the hub refuses or there is no network, the library loads the last cached copy, of any revision.
@@ -89,7 +89,7 @@ def check_available(name: str, config: str | None, revision: str | None, key: st
 
     with _loading_rows(name, key):
         if hub.problem() is None:
-            hub.check_access(name, "dataset", revision)
+            hub.check_access(name, revision)
         else:
             datasets.load_dataset_builder(name, config, revision=revision)
 

@@ -14,7 +14,6 @@ import itertools
 import json
 import logging
 import math
-import os
 import platform
 import statistics
 import time
@@ -32,6 +31,7 @@ from torch.nn import functional
 from peftsweep.forecast.allocator import Allocator
 from peftsweep.forecast.operations import Arguments, Ledger, Operation
 from peftsweep.forecast.trace import Sizes, made_optimizer, reference_step
+from peftsweep.observe.fast_dtype import cache_folder
 from peftsweep.observe.flops import matmul_ceiling
 from peftsweep.observe.measure import lower_quartile
 from peftsweep.schema import TrainConfig
@@ -366,11 +366,6 @@ def device_key(device: torch.device) -> str:
 def name_of(device: torch.device) -> str:
     """The model of the device."""
     return torch.cuda.get_device_name(device) if device.type == "cuda" else record.processor() or platform.machine()
-
-
-def cache_folder() -> Path:
-    """The folder of measurements of this machine: ``$XDG_CACHE_HOME/peftsweep``, else ``~/.cache/peftsweep``."""
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "peftsweep"
 
 
 # ---- the probe ---------------------------------------------------------------------------------------

@@ -16,12 +16,10 @@ from rich.text import Text
 
 from peftsweep.observe.remaining import format_seconds, remaining, remaining_of_sweep
 from peftsweep.study.record import HEADLINE, Result, Status
+from peftsweep.study.rungs import validation_scores
 from peftsweep.study.scores import TEXT_METRICS, baseline
 
 QUIET_SECONDS = 10.0  # the least seconds between two lines of a running trial in a pipe
-
-
-VALIDATION = "validation_"  # keys of a validation in a row of steps.jsonl begin with it
 COLUMNS = ("state", "step", "loss", "score", "memory", "left")  # of the live table, after the trial
 NEEDED_WIDTH = {"memory": 80, "score": 100}  # these columns need a terminal of so many characters
 WORDS = ("trial", "status", "model", "method", "quant")  # columns of a table that hold text
@@ -172,7 +170,7 @@ class TrialView(Observer):
     def figures(self) -> dict[str, str]:
         """The cells of its row in the live table, by column."""
         row = self._row
-        scores = {key.removeprefix(VALIDATION): row[key] for key in row if key.startswith(VALIDATION)}
+        scores = validation_scores(row)
         headline = next((name for name in scores if name != "loss"), "loss")
         left = self.left()
         return {
@@ -241,9 +239,9 @@ def summary(result: Result) -> list[str]:
 
 def _validated(row: dict[str, Any]) -> str:
     """``loss 2.243, gsm8k.accuracy 0.250``: a validation, without evaluations' losses and valid fractions."""
-    scores = {key.removeprefix(VALIDATION): row[key] for key in row if key.startswith(VALIDATION)}
     hidden = (".loss", ".valid_fraction")
-    return ", ".join(f"{n} {v:.3f}" for n, v in scores.items() if v is not None and not n.endswith(hidden))
+    shown = {n: v for n, v in validation_scores(row).items() if v is not None and not n.endswith(hidden)}
+    return ", ".join(f"{name} {value:.3f}" for name, value in shown.items())
 
 
 def _stop_line(stop: dict[str, Any]) -> str:
@@ -297,9 +295,7 @@ def show_table(title: str, rows: list[dict[str, str]]) -> None:
     shown = Table(title=title, title_justify="left", header_style="bold")
     columns = list(dict.fromkeys(column for row in rows for column in row))
     for column in columns:
-        shown.add_column(
-            column, justify="left" if column in ("trial", "status", "model", "method", "quant") else "right"
-        )
+        shown.add_column(column, justify="left" if column in WORDS else "right")
     for row in rows:
         shown.add_row(*(row.get(column, "") for column in columns))
     if not console.is_terminal:

@@ -33,9 +33,14 @@ def resolve(device: str) -> Dtype:
     return _of_cpu(f"{_processor()}, torch {torch.__version__}")
 
 
+def cache_folder() -> Path:
+    """The folder of measurements of this machine: ``$XDG_CACHE_HOME/peftsweep``, else ``~/.cache/peftsweep``."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "peftsweep"
+
+
 @functools.cache
 def _of_cpu(key: str) -> Dtype:
-    file = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "peftsweep" / "cpu_dtype.json"
+    file = cache_folder() / "cpu_dtype.json"
     try:
         known: dict[str, str] = json.loads(file.read_text(encoding="utf-8")) if file.exists() else {}
         if key not in known:

@@ -10,7 +10,7 @@ import functools
 import hashlib
 import os
 import socket
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import suppress
 from pathlib import Path
 from types import FrameType
@@ -80,10 +80,7 @@ def alive(owner: Mapping[str, Any]) -> bool | None:
     here = _machine()
     if any(owner[key] != here[key] for key in MACHINE):
         return None
-    now = started(owner["pid"])
-    if now is None and _is_hidden(owner["pid"]):
-        return None
-    return now is not None and bool(now == owner["started"])
+    return _runs(owner["pid"], lambda now: bool(now == owner["started"]))
 
 
 def same_kernel(owner: Mapping[str, Any]) -> bool:
@@ -101,10 +98,16 @@ def gone(tag: str) -> bool | None:
     pid, begun, machine = [*tag.split("-"), "", "", ""][:3]
     if machine != _machine_tag() or not pid.isdecimal():
         return None
-    now = started(int(pid))
-    if now is None and _is_hidden(int(pid)):
-        return None
-    return now is None or f"{now:.0f}" != begun
+    runs = _runs(int(pid), lambda now: f"{now:.0f}" == begun)
+    return None if runs is None else not runs
+
+
+def _runs(pid: int, is_its_start: Callable[[float], bool]) -> bool | None:
+    """Whether the process with this number and start runs on this machine; None if /proc hides it."""
+    now = started(pid)
+    if now is None:
+        return None if _is_hidden(pid) else False
+    return is_its_start(now)
 
 
 def _machine() -> dict[str, str]:

@@ -152,9 +152,9 @@ def _row(name: str, line: bytes, shape: Check) -> dict[str, Any]:
     return row
 
 
-def usable_lines(file: Path, shape: Shape = object, *, whole: bool = True) -> list[dict[str, Any]]:
-    """``read_lines``; empty for a damaged file, which is named on stderr."""
-    return usable(lambda: read_lines(file, shape, whole=whole)) or []
+def usable_lines(file: Path, shape: Shape) -> list[dict[str, Any]]:
+    """``read_lines`` without an incomplete last line; empty for a damaged file, which is named on stderr."""
+    return usable(lambda: read_lines(file, shape, whole=False)) or []
 
 
 def usable(read: Callable[[], Found]) -> Found | None:

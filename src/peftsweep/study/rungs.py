@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Mapping
 from dataclasses import dataclass
 from itertools import count
 from pathlib import Path
@@ -114,13 +115,17 @@ def rung(config: HalvingConfig, place: Path, step: int) -> dict[str, Any]:
 
 def validated(place: Path, step: int) -> dict[str, float]:
     """The metrics of the validation after ``step`` steps of the trial in ``place``."""
-    row = _validations(place).get(step, {})
+    return validation_scores(_validations(place).get(step, {}))
+
+
+def validation_scores(row: Mapping[str, Any]) -> dict[str, Any]:
+    """The scores of the validation in a row of steps.jsonl, by their names; empty if the row is of none."""
     return {key.removeprefix(PREFIX): value for key, value in row.items() if key.startswith(PREFIX)}
 
 
 def _validations(place: Path) -> dict[int, dict[str, Any]]:
     """The rows of the trial's validations in steps.jsonl, by step."""
-    rows = record.usable_lines(place / record.STEPS, record.STEP, whole=False)
+    rows = record.usable_lines(place / record.STEPS, record.STEP)
     return {row["step"]: row for row in rows if f"{PREFIX}loss" in row}
 
 

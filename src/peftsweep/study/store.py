@@ -102,6 +102,15 @@ def find(study: str | Path) -> Path:
     raise InputError(f"study={study}: no such folder; {suggest(str(study), [s.name for s in studies()])}")
 
 
+def chosen(names: Sequence[str | Path]) -> list[Path]:
+    """The studies of these names or folders; without names all studies under multirun/.
+
+    Raises:
+        InputError: as ``find``.
+    """
+    return [find(name) for name in names] if names else studies()
+
+
 def studies() -> list[Path]:
     """Every folder under multirun/ that holds a trial, running and interrupted ones included."""
     begun = {file.parents[1] for file in ROOT.glob("*/.claims/*.json")}
@@ -192,10 +201,8 @@ def _damage(trial: Path, versions: tuple[tuple[str, int, int], ...]) -> str | No
         done = Result.read_whole(trial)
         if done.status not in (Status.success, Status.stopped):
             return None
-        logged, was_trained = (
-            read_lines(trial / STEPS, STEP),
-            done.status is Status.success and done.train_info.get("steps"),
-        )
+        logged = read_lines(trial / STEPS, STEP)
+        was_trained = done.status is Status.success and done.train_info.get("steps")
         if was_trained and not logged and os.path.lexists(trial / STEPS):  # at least the last step has a line
             return f"{trial / STEPS}: it is empty"
         read_lines(trial / "generation.jsonl")
@@ -274,11 +281,11 @@ def trained(study: Path, training: str) -> Result | None:
     if folder is None:
         return None
     done = result(folder)
-    names = (done.run_info.get("training"), (done.run_info.get("recognised") or {}).get("training")) if done else ()
-    same = done and done.status is Status.success and training in names
-    same = same and done and done.train_info.get("reloads") is not False
-    whole = same and any((folder / ADAPTER).glob("*.safetensors")) and damage_of_weights(folder / ADAPTER) is None
-    return done if whole else None
+    if done is None or done.status is not Status.success or done.train_info.get("reloads") is False:
+        return None
+    names = (done.run_info.get("training"), (done.run_info.get("recognised") or {}).get("training"))
+    whole = any((folder / ADAPTER).glob("*.safetensors")) and damage_of_weights(folder / ADAPTER) is None
+    return done if training in names and whole else None
 
 
 def mark_recognised(done: Result) -> None:

@@ -25,6 +25,7 @@ from peftsweep.config import checks
 from peftsweep.config import compose as configuration
 from peftsweep.config.compose import KEYS_THAT_DECIDE_OTHERS, SOURCES, Filled, Trial
 from peftsweep.config.fill import TEMPLATE
+from peftsweep.schema import value_at
 
 PLAIN = (bool, int, float, str, type(None))
 NAME = re.compile(r"\w+(\.\w+)*")
@@ -179,7 +180,7 @@ class _Base:
         self._tree = OmegaConf.to_container(self.config, enum_to_str=True)
         self._read = [name for text in _texts(self._tree) for name in _names_read(text)]
         self._known: dict[str, bool] = {}
-        self.reads_files = any(_at(self._tree, key) is not None for key in SOURCES)
+        self.reads_files = any(value_at(self._tree, key) is not None for key in SOURCES)
 
     def decides_nothing(self, key: str) -> bool:
         """Whether ``key`` has a plain value from which no other value follows."""
@@ -188,7 +189,7 @@ class _Base:
                 any(_overlap(key, other) for other in KEYS_THAT_DECIDE_OTHERS) or key.rpartition(".")[2] in RENAMED
             )
             plain = NAME.fullmatch(key) and not TEMPLATE.fullmatch(key)
-            plain = plain and isinstance(_at(self._tree, key, default=()), PLAIN)
+            plain = plain and isinstance(value_at(self._tree, key, default=()), PLAIN)
             self._known[key] = bool(plain) and not decides and not _any_overlaps(key, self._read)
         return self._known[key]
 
@@ -234,12 +235,6 @@ def _is_change(override: Override) -> bool:
 
 def _is_plain(value: Any) -> bool:
     return isinstance(value, PLAIN) and not (isinstance(value, str) and (INTERPOLATION in value or value == "???"))
-
-
-def _at(tree: Any, key: str, default: Any = None) -> Any:
-    for part in key.split("."):
-        tree = tree.get(part, default) if isinstance(tree, dict) else default
-    return tree
 
 
 def _put(node: Any, path: Sequence[str], value: Any) -> Any:

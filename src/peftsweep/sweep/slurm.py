@@ -41,7 +41,7 @@ class QueueWatcher(SlurmInfoWatcher):  # type: ignore[misc]
         super().__init__(delay_s=POLL_SECONDS)
         self._registered_at: dict[str, float] = {}
         self._listed: set[str] = set()
-        self._said: set[str] = set()
+        self._printed: set[str] = set()
 
     def register_job(self, job_id: str) -> None:
         """Watch this job too."""
@@ -101,8 +101,8 @@ class QueueWatcher(SlurmInfoWatcher):  # type: ignore[misc]
 
     def _say(self, line: str) -> None:
         """Print ``line`` to stderr, once."""
-        if line not in self._said:
-            self._said.add(line)
+        if line not in self._printed:
+            self._printed.add(line)
             print(f"peftsweep: {line}", file=sys.stderr)
 
 

@@ -17,7 +17,7 @@ import torch
 from torch import nn
 
 from peftsweep.data.batches import Batch
-from peftsweep.errors import InputError, suggest
+from peftsweep.errors import InputError, first_line, suggest
 from peftsweep.observe.measure import Meter
 from peftsweep.schema import TrainConfig
 
@@ -130,7 +130,7 @@ def compiled(
                 _try(model, called, batch, losses)
         except Exception as error:  # dynamo, a backend and a C++ compiler raise errors of any type
             log.warning("train.compile=%s is off: %s", config.compile, error)
-            compilation = Compilation(model, off=(str(error).splitlines() or [""])[0] or type(error).__name__)
+            compilation = Compilation(model, off=first_line(error))
         finally:
             model.zero_grad(set_to_none=True)
     compilation.begin_steps()

@@ -17,6 +17,8 @@ from typing import Any, TypeVar
 
 import torch
 
+from peftsweep.errors import first_line
+
 Result = TypeVar("Result")
 
 DEVICES = ("cuda",)  # device types on which passes run in static shapes
@@ -76,7 +78,7 @@ def record(work: Callable[[], Result], device: torch.device, pool: Any) -> tuple
         with torch.cuda.graph(graph, pool=pool, stream=_stream(device)):
             result = work()
     except Exception as error:  # any error: from an operation that a graph cannot hold, or for lack of memory
-        _FAILURES.append((str(error).splitlines() or [""])[0] or type(error).__name__)
+        _FAILURES.append(first_line(error))
         raise RuntimeError(_FAILURES[-1]) from error
     finally:
         torch.cuda.set_stream(current)  # torch does not restore it if the capture fails

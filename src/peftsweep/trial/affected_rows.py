@@ -52,13 +52,12 @@ def _any_turn(dataset: Values, rows: list[files.Row], wanted: Callable[[chat.Mes
     prompt, answer, reader = str(dataset.get("prompt")), str(dataset.get("answer")), dataset.get("reader")
     how = templates.Templates(prompt, answer, reader=reader, missing=OnMissing[missing])
     try:
-        return any(wanted(message) for example in how.each(rows) if example for message in _said(example))
+        return any(wanted(message) for example in how.each(rows) if example for message in _assistant_messages(example))
     except InputError:  # the file is another one by now
         return True
 
 
-def _said(example: templates.Example) -> list[chat.Message]:
-    """The messages of the assistant."""
+def _assistant_messages(example: templates.Example) -> list[chat.Message]:
     if example.conversation is None:
         return [{"role": "assistant", "content": example.answer}]
     return [message for message in example.conversation.messages if message["role"] == "assistant"]

@@ -4,17 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 from hydra.core.override_parser.types import Override
 from hydra.core.utils import JobStatus
 from omegaconf import DictConfig, OmegaConf
 
-from peftsweep.config import checks
 from peftsweep.config.compose import Trial
 from peftsweep.errors import InputError
 from peftsweep.study import store
-from peftsweep.sweep import processes
 from peftsweep.sweep.points import Points
 from peftsweep.tuning import answer, replay
 from peftsweep.tuning.answer import TuningCommand
@@ -82,7 +80,7 @@ def _parse(
         with_rate=with_rate,
         launch=launch,
         folder=store.folder(config.study),
-        at_once=_at_once(config),
+        at_once=_at_once(launcher, config, words),
     )
 
 
@@ -91,16 +89,10 @@ def _trials(launcher: Any, words: Sequence[Sequence[str]]) -> list[Trial]:
     return [points.trial(own) for own in launcher.spelled_out(words)]
 
 
-def _at_once(config: DictConfig) -> int:
+def _at_once(launcher: Any, config: DictConfig, points: Sequence[Sequence[str]]) -> int:
     """The trials that run side by side, for predictions of wall time; on launchers other than the local one, all."""
-    options = config.hydra.launcher
-    if not str(options._target_).endswith(".LocalLauncher"):
-        return 10**6
-    plain = cast(dict[str, Any], OmegaConf.to_container(options, resolve=True))
-    placement = checks.placement({key: value for key, value in plain.items() if key != "_target_"})
-    workers, devices = placement.get("workers"), placement.get("devices")
-    places = 1 if workers == 0 else len(processes.places(workers, devices, [config.device]))
-    return places * int(placement.get("pack") or 1)
+    is_local = str(config.hydra.launcher._target_).endswith(".LocalLauncher")
+    return int(launcher.at_once(points)) if is_local else 10**6
 
 
 def _names_rate(loader: Any, option: str) -> bool:

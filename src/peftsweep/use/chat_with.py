@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from peftsweep import limits, shorthand
-from peftsweep.command_line import OneLineParser, number, whole_number
+from peftsweep.command_line import OneLineParser, check_key_values, number, whole_number
 from peftsweep.data import layouts, templates
 from peftsweep.data.conversations.reader import READERS
 from peftsweep.errors import InputError, suggest
@@ -139,8 +139,7 @@ def trained_language_model(folder: Path) -> Path:
 
 
 def _words(options: argparse.Namespace, place: Path) -> list[str]:
-    if wrong := next((word for word in options.words if "=" not in word), None):
-        raise InputError(f"{wrong}: must be KEY=VALUE, as for peftsweep")
+    check_key_values(options.words)
     return [shorthand.override("adapter.path", str(place)), *options.words]
 
 

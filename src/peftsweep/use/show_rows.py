@@ -12,10 +12,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from peftsweep import shorthand
-from peftsweep.command_line import OneLineParser, whole_number
+from peftsweep.command_line import OneLineParser, check_key_values, whole_number
 from peftsweep.data import rows as data_rows
 from peftsweep.data import templates
-from peftsweep.errors import InputError
 from peftsweep.schema import Task
 
 if TYPE_CHECKING:
@@ -77,9 +76,8 @@ def overrides(options: argparse.Namespace) -> list[str]:
     Of a file, or of that of a folder, all rows are trained on and tested on, so that one row is enough and none is left
     out.
     """
+    check_key_values(options.words)
     words = [shorthand.override("dataset", options.data), shorthand.override("model", options.model), *options.words]
-    if wrong := next((word for word in options.words if "=" not in word), None):
-        raise InputError(f"{wrong}: must be KEY=VALUE, as for peftsweep")
     path = Path(options.data).expanduser()
     if path.exists():
         file = shorthand.folder_files(options.data, path)["dataset.path"] if path.is_dir() else str(path)

@@ -203,15 +203,13 @@ def score_of(task: Task, score: str, configuration: Any) -> Score:
     """A configuration's score with its interval."""
     row, (evaluation, metric) = task.row(configuration, score), columns.evaluation(score)
     value, low, high = (number(row.get(score + end)) for end in ("", ".low", ".high"))
-    better: Any = "lower" if columns.lower_is_better(score) else "higher"
-    return Score(columns.score_name(score), evaluation, metric, value, low, high, better)
+    return Score(columns.score_name(score), evaluation, metric, value, low, high, columns.better(score))
 
 
 def _judged(task: Task, score: str) -> Judged:
     compared, (name, metric) = task.compare(score), columns.evaluation(score)
     best, first = compared.index[0], compared.iloc[0]
-    facts = {k.removeprefix(f"eval_info.{name}."): v for k, v in task.row(best, f"eval_info.{name}.").items()}
-    facts = {key: value for key, value in facts.items() if words.known(value)}
+    facts = {key: value for key, value in task.facts(best, name).items() if words.known(value)}
     chance = first["chance"]
     rows = facts.get(f"{metric}.n")
     return Judged(
@@ -244,13 +242,12 @@ def _choice(task: Task, factor: str) -> Choice | None:
     if found.empty:
         return None
     names, rows = task.names, found.to_dict("records")
-    levels = sorted({*found["level"], *found["reference"]}, key=words.sortable)
-    better: Any = "lower" if columns.lower_is_better(score) else "higher"
+    levels = sorted({*found["level"], *found["reference"]}, key=columns.sortable)
     return Choice(
         columns.factor_name(factor),
         factor,
         columns.score_name(score),
-        better,
+        columns.better(score),
         rows[0]["scale"],
         [columns.level_name(factor, level, names) for level in levels],
         [_comparison(task, factor, row) for row in rows],

@@ -174,7 +174,7 @@ def _answers(task: Task) -> Iterator[Table]:
     rows, keys = [], dict.fromkeys(ROWS_OF)
     for n in best_first(task)[:MAX_ROWS]:
         for name in names:
-            facts = {k.removeprefix(f"eval_info.{name}."): v for k, v in task.row(n, f"eval_info.{name}.").items()}
+            facts = task.facts(n, name)
             own = {key: number(facts[key]) for key in ROWS_OF if key in facts and number(facts[key])}
             valid = [k for k in facts if k.endswith("valid_fraction.value") and not k.startswith("base_")]
             own |= {key: number(facts[key]) for key in valid}

@@ -56,9 +56,9 @@ def seconds(value: float) -> str:
 # ---- Markdown ----------------------------------------------------------------------------------------
 
 
-def markdown(section: Section, level: int = 2, rows: int = words.ROWS) -> Iterator[str]:
-    """The section as lines of Markdown; of a table at most ``rows`` rows."""
-    yield f"{'#' * level} {heading(section)}"
+def markdown(section: Section) -> Iterator[str]:
+    """The section as lines of Markdown; of a table at most ``words.ROWS`` rows."""
+    yield f"## {heading(section)}"
     yield ""
     if section.sentences:
         yield from (f"- {sentence}" for sentence in section.sentences)
@@ -67,8 +67,8 @@ def markdown(section: Section, level: int = 2, rows: int = words.ROWS) -> Iterat
         if table.title:
             yield f"**{table.title}**"
             yield ""
-        yield from words.table([{c.title: cell(row, c) for c in table.columns} for row in table.rows[:rows]])
-        yield from (line for text in notes(table, rows) for line in (text, ""))
+        yield from words.table([{c.title: cell(row, c) for c in table.columns} for row in table.rows[: words.ROWS]])
+        yield from (line for text in notes(table, words.ROWS) for line in (text, ""))
 
 
 def heading(section: Section) -> str:

@@ -93,8 +93,7 @@ def _references(task: Task, tests: list[str], best: Any) -> dict[str, dict[str, 
     found: dict[str, dict[str, float | None]] = {}
     for test in tests:
         name, metric = columns.evaluation(test)
-        own = {k.removeprefix(f"eval_info.{name}."): v for k, v in task.row(best, f"eval_info.{name}.").items()}
-        facts = {key: value for key, value in own.items() if not pd.isna(value)}
+        facts = {key: value for key, value in task.facts(best, name).items() if not pd.isna(value)}
         valid = [key for key in facts if key.endswith("valid_fraction.value") and not key.startswith("base_")]
         beside = {
             "untouched base": facts.get(f"base_{metric}.value"),

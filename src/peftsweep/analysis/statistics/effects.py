@@ -99,7 +99,7 @@ class Design:
 
 def _together(seeds: Iterable[str]) -> str:
     """The seeds of several configurations, joined by +."""
-    return "+".join(sorted({seed for text in seeds for seed in text.split("+") if seed}, key=_number))
+    return "+".join(sorted({seed for text in seeds for seed in text.split("+") if seed}, key=columns.sortable))
 
 
 def _part_of(key: str, factor: str, first: Sequence[str], second: Sequence[str]) -> bool:
@@ -183,19 +183,11 @@ def _cells(text: pd.DataFrame, factor: str) -> pd.DataFrame:
     if len(cells) > MAX_LEVELS:
         return pd.DataFrame()
     every = {context: n for n, context in enumerate(dict.fromkeys(c for of_level in cells.values() for c in of_level))}
-    levels = sorted(cells, key=_number)
+    levels = sorted(cells, key=columns.sortable)
     found = np.full((len(levels), len(every)), np.nan)
     for row, level in zip(found, levels, strict=True):
         row[[every[context] for context in cells[level]]] = list(cells[level].values())
     return pd.DataFrame(found, index=levels)
-
-
-def _number(level: str) -> tuple[int, float, str]:
-    """By size where it is a number."""
-    try:
-        return 0, float(level), ""
-    except ValueError:
-        return 1, 0.0, level
 
 
 @dataclass(frozen=True)

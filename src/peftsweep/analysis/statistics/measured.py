@@ -359,17 +359,17 @@ def _by_row(trials: pd.DataFrame, column: str, values: Floats, predictions: Pred
     for trial, value in zip(trials[TRIAL], values, strict=True):
         lines = predictions(trial, name)
         row = row_scores(lines, metric)
-        prompts = prompts or _asked(lines)
+        prompts = prompts or _prompts(lines)
         # What the rows come to must be what the record says: a file may be of another run. A NaN is never close.
         if row is None or len(row) < 2 or not abs(row.mean() - value) <= 1e-6 * max(1, abs(value)):
             return None, False
-        if prompts != _asked(lines):
+        if prompts != _prompts(lines):
             return None, True
         found.append(row)
     return (np.stack(found), False) if found else (None, False)
 
 
-def _asked(lines: Sequence[dict[str, Any]]) -> list[Any]:
+def _prompts(lines: Sequence[dict[str, Any]]) -> list[Any]:
     return [(line.get("prompt"), line.get("answer")) for line in lines]
 
 

@@ -47,9 +47,8 @@ from peftsweep.analysis.statistics.trials import (
     is_ratio,
     is_share,
     one_a_seed,
-    settings,
 )
-from peftsweep.analysis.table.columns import MEASURED, direction, scores
+from peftsweep.analysis.table.columns import MEASURED, direction, scores, settings
 from peftsweep.study.record import Status
 
 

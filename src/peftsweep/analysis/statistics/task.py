@@ -141,6 +141,11 @@ class Task:
         """What is known of a configuration in the columns that begin so; the whole wide row would take long."""
         return {c: self._columns[c].at[number] for c in self._columns if c.startswith(prefix)}
 
+    def facts(self, number: Any, evaluation: str) -> dict[str, Any]:
+        """The figures of an evaluation of a configuration, by their names within ``eval_info.<evaluation>``."""
+        prefix = f"eval_info.{evaluation}."
+        return {column.removeprefix(prefix): value for column, value in self.row(number, prefix).items()}
+
     @cached_property
     def _columns(self) -> dict[str, pd.Series[Any]]:
         return {c: self.configurations[c] for c in self.configurations.columns}

@@ -10,8 +10,7 @@ import pandas as pd
 
 from peftsweep.analysis.statistics import intervals
 from peftsweep.analysis.table import naming
-from peftsweep.analysis.table.columns import NAME, direction, evaluation, named
-from peftsweep.analysis.table.naming import NO_SETTINGS, OF_SOME, SETTINGS
+from peftsweep.analysis.table.columns import NAME, direction, evaluation, named, setting_columns
 from peftsweep.study.record import Status
 from peftsweep.study.scores import OF_100, TEXT_PARTS
 
@@ -87,13 +86,6 @@ def _own_costs(table: pd.DataFrame) -> pd.DataFrame:
 # ---- configurations --------------------------------------------------------------------------------
 
 
-def settings(table: pd.DataFrame) -> list[str]:
-    """The columns that make a configuration: all choices and settings but the seed and what changes no number."""
-    columns = [c for c in table.columns if c.startswith(SETTINGS) and not c.startswith(NO_SETTINGS)]
-    # A trial with one evaluation more is the same configuration, unless the two disagree on one they share.
-    return [c for c in columns if not c.startswith(OF_SOME) or table[c].nunique(dropna=True) > 1]
-
-
 def identify(table: pd.DataFrame) -> pd.Series[int]:
     """The number of each trial's configuration, counted from 0 in the order of their first trials.
 
@@ -101,7 +93,7 @@ def identify(table: pd.DataFrame) -> pd.Series[int]:
     """
     if "configuration" in table:
         return table["configuration"]
-    keys = table[[c for c in settings(table) if table[c].nunique(dropna=False) > 1]]
+    keys = table[setting_columns(table)]
     if keys.empty:
         return pd.Series(0, index=table.index)
     return keys.astype("string").fillna("").groupby(list(keys.columns), sort=False).ngroup()

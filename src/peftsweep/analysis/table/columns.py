@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import pandas as pd
 
@@ -148,6 +148,11 @@ def lower_is_better(score: str) -> bool:
     return direction(score) < 0
 
 
+def better(score: str) -> Literal["higher", "lower"]:
+    """The better side of a score, in words."""
+    return "lower" if lower_is_better(score) else "higher"
+
+
 def score_name(score: str) -> str:
     """Such as ``gsm8k accuracy``; ``perplexity`` alone where evaluation and metric are called the same."""
     judged, metric = evaluation(score)
@@ -181,12 +186,16 @@ def texts(table: pd.DataFrame, keys: Iterable[str]) -> dict[str, list[str]]:
     return {key: table[key].astype("string").fillna("").tolist() for key in keys}
 
 
+def settings(table: pd.DataFrame) -> list[str]:
+    """The columns that make a configuration: all choices and settings but the seed and what changes no number."""
+    columns = [c for c in table.columns if c.startswith(naming.SETTINGS) and not c.startswith(naming.NO_SETTINGS)]
+    # A trial with one evaluation more is the same configuration, unless the two disagree on one they share.
+    return [c for c in columns if not c.startswith(naming.OF_SOME) or table[c].nunique(dropna=True) > 1]
+
+
 def setting_columns(table: pd.DataFrame) -> list[str]:
-    """The columns of what makes a configuration, and is not the same in all of ``table``."""
-    ours = [c for c in table.columns if c.startswith(naming.SETTINGS) and not c.startswith(naming.NO_SETTINGS)]
-    varied = [c for c in ours if table[c].nunique(dropna=False) > 1]
-    # A trial with one evaluation more is the same configuration, unless the two disagree on a setting they share.
-    return [c for c in varied if not c.startswith(naming.OF_SOME) or table[c].nunique(dropna=True) > 1]
+    """Those of ``settings`` that are not the same in all of ``table``."""
+    return [c for c in settings(table) if table[c].nunique(dropna=False) > 1]
 
 
 def names(table: pd.DataFrame, labelled: bool = True) -> Names:
@@ -227,6 +236,14 @@ def setting_in_words(factor: str, value: Any) -> str:
 def level_name(factor: str, value: Any, names: Names | None = None) -> str:
     """One value of a choice or setting below the name of it."""
     return setting_in_words(QUANT, value) if factor == QUANT else (names or Names({})).value(factor, value)
+
+
+def sortable(level: str) -> tuple[int, float, str]:
+    """The key that sorts the levels of a factor: numbers by size, before words."""
+    try:
+        return 0, float(level), ""
+    except ValueError:
+        return 1, 0.0, level
 
 
 def factor_name(column: str) -> str:

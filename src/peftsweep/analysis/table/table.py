@@ -121,7 +121,7 @@ def steps(results: Iterable[Result], names: Mapping[str, str] | None = None) -> 
             "label": (names or {}).get(result.trial, info["labels"][0]),
             "study": info["study"],
         }
-        rows = record.usable_lines((result.folder or Path()) / STEPS, record.STEP, whole=False)
+        rows = record.usable_lines((result.folder or Path()) / STEPS, record.STEP)
         own = {key: [row.get(key) for row in rows] for key in dict.fromkeys(chain.from_iterable(rows))}
         columns.extend({key: [value] * len(rows) for key, value in name.items()} | own, len(rows))
     return columns.frame()

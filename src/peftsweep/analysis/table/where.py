@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import ast
+import functools
 import operator
+from ast import unparse
 from collections.abc import Callable
 from typing import Any
 
@@ -61,17 +63,16 @@ class _Condition:
         """A condition, as true, false or missing for each row."""
         if isinstance(node, ast.BoolOp):
             parts = [self.truth(value) for value in node.values]
-            combined = parts[0]
-            for part in parts[1:]:
-                combined = combined & part if isinstance(node.op, ast.And) else combined | part
-            return combined
+            return functools.reduce(operator.and_ if isinstance(node.op, ast.And) else operator.or_, parts)
         if isinstance(node, ast.UnaryOp) and isinstance(node.op, ast.Not):
             return ~self.truth(node.operand)
         if isinstance(node, ast.Compare):
             return self._comparisons(node)
         value = self.value(node)
         if _kind(value) not in ("truth", None):
-            raise InputError(f"--where: {_said(node)} is {_article(value)} and no condition; compare it with something")
+            raise InputError(
+                f"--where: {unparse(node)} is {_article(value)} and no condition; compare it with something"
+            )
         return self._column(value)
 
     def value(self, node: ast.expr) -> Any:
@@ -86,26 +87,22 @@ class _Condition:
             try:
                 return ARITHMETIC[type(node.op)](self._number(node.left), self._number(node.right))
             except ArithmeticError as error:
-                raise InputError(f"--where: {_said(node)}: {error}") from None
+                raise InputError(f"--where: {unparse(node)}: {error}") from None
         if isinstance(node, ast.BoolOp | ast.Compare) or (
             isinstance(node, ast.UnaryOp) and isinstance(node.op, ast.Not)
         ):
             return self.truth(node)
-        raise InputError(f"--where: {_said(node)}: not understood; there are {ALLOWED}")
+        raise InputError(f"--where: {unparse(node)}: not understood; there are {ALLOWED}")
 
     def _number(self, node: ast.expr) -> Any:
         value = self.value(node)
         if _kind(value) not in ("number", None) or value is None:
-            raise InputError(f"--where: {_said(node)} is {_article(value)}, and is calculated with")
+            raise InputError(f"--where: {unparse(node)} is {_article(value)}, and is calculated with")
         return value.astype("Float64") if isinstance(value, pd.Series) else value
 
     def _comparisons(self, node: ast.Compare) -> pd.Series[Any]:
         sides = [node.left, *node.comparators]
-        found = [self._compare(*pair) for pair in zip(sides, node.ops, sides[1:], strict=False)]
-        combined = found[0]
-        for part in found[1:]:
-            combined = combined & part
-        return combined
+        return functools.reduce(operator.and_, map(self._compare, sides, node.ops, sides[1:]))
 
     def _compare(self, left: ast.expr, how: ast.cmpop, right: ast.expr) -> pd.Series[Any]:
         if isinstance(how, ast.In | ast.NotIn):
@@ -118,7 +115,9 @@ class _Condition:
                 return missing
             if isinstance(how, ast.IsNot | ast.NotEq):
                 return ~missing
-            raise InputError(f"--where: {_said(left)}, {_said(right)}: None has no order; write is None or is not None")
+            raise InputError(
+                f"--where: {unparse(left)}, {unparse(right)}: None has no order; write is None or is not None"
+            )
         if type(how) not in COMPARISONS:
             raise InputError("--where: is and is not stand before None only; write == or !=")
         _same_kind(left, first, right, second)
@@ -132,13 +131,13 @@ class _Condition:
             column, options = self._column(self.value(left)), [self.value(option) for option in right.elts]
             for option, node in zip(options, right.elts, strict=True):
                 if isinstance(option, pd.Series):
-                    raise InputError(f"--where: {_said(node)}: a list holds numbers and texts, no columns")
+                    raise InputError(f"--where: {unparse(node)}: a list holds numbers and texts, no columns")
                 _same_kind(left, column, node, option)
             return column.isin(options).astype("boolean").mask(column.isna())
         text, column = self.value(left), self.value(right)
         if not isinstance(text, str) or not isinstance(column, pd.Series) or _kind(column) not in ("text", None):
             raise InputError(
-                f"--where: {_said(left)} in {_said(right)}: in needs a list, or a text and a column of text"
+                f"--where: {unparse(left)} in {unparse(right)}: in needs a list, or a text and a column of text"
             )
         return column.astype("string").str.contains(text, regex=False).astype("boolean")
 
@@ -171,7 +170,7 @@ def _name(node: ast.expr) -> str:
         return f"{_name(node.value)}.{node.attr}"
     if isinstance(node, ast.Subscript) and isinstance(node.slice, ast.Constant) and isinstance(node.slice.value, str):
         return f"{_name(node.value)}.{node.slice.value}"
-    raise InputError(f"--where: {_said(node)}: not understood; there are {ALLOWED}")
+    raise InputError(f"--where: {unparse(node)}: not understood; there are {ALLOWED}")
 
 
 def _kind(value: Any) -> str | None:
@@ -182,26 +181,16 @@ def _kind(value: Any) -> str | None:
         if types.is_numeric_dtype(value.dtype):
             return "number"
         return None if value.isna().all() else "text"
-    return (
-        None
-        if value is None
-        else "truth"
-        if isinstance(value, bool)
-        else "text"
-        if isinstance(value, str)
-        else "number"
-    )
+    if value is None:
+        return None
+    return "truth" if isinstance(value, bool) else "text" if isinstance(value, str) else "number"
 
 
 def _same_kind(left: ast.expr, first: Any, right: ast.expr, second: Any) -> None:
     kinds = {_kind(first), _kind(second)} - {None}
     if len(kinds) > 1:
-        raise InputError(f"--where: {_said(left)} is {_article(first)}, {_said(right)} is {_article(second)}")
+        raise InputError(f"--where: {unparse(left)} is {_article(first)}, {unparse(right)} is {_article(second)}")
 
 
 def _article(value: Any) -> str:
     return {"number": "a number", "text": "a text", "truth": "true or false", None: "nothing"}[_kind(value)]
-
-
-def _said(node: ast.AST) -> str:
-    return ast.unparse(node)

@@ -49,7 +49,6 @@ def _two_levels(task: Task, factor: str, score: str, row: Mapping[str, Any]) -> 
     level, reference = (words.code(task.names.setting(factor, row[name])) for name in ("level", "reference"))
     what += _compared_settings(task, row)
     ends = f"from {words.number(row['reference_value'])} to {words.number(row['value'])}"
-    better = "lower" if columns.lower_is_better(score) else "higher"
     moved = _moved_settings(task, factor, [row])
     if row["verdict"] == "tie":
         bound = max(abs(row["low"]), abs(row["high"]))
@@ -63,8 +62,8 @@ def _two_levels(task: Task, factor: str, score: str, row: Mapping[str, Any]) -> 
     is_ = "is" if task.seeds > 1 else "came out"
     agree = f", {row['agreeing']} of {row['contexts']} settings agree" if row["contexts"] > 1 else ""
     return (
-        f"{what}: {level} {is_} {row['verdict']} than {reference}, {ends} ({words.difference(row)}; {better} is "
-        f"better), p {words.p_is(row['p_adjusted'])}{agree}{_depends(row)}{moved}."
+        f"{what}: {level} {is_} {row['verdict']} than {reference}, {ends} ({words.difference(row)}; "
+        f"{columns.better(score)} is better), p {words.p_is(row['p_adjusted'])}{agree}{_depends(row)}{moved}."
     )
 
 
@@ -108,12 +107,11 @@ def _several_levels(task: Task, factor: str, score: str, found: pd.DataFrame) ->
         if those:
             parts.append(f"{heading}: {', '.join(_level(task, factor, row, several=not same) for row in those)}")
     levels = task.design.levels[factor]
-    missing = sorted(set(levels) - {"", first["reference"], *found["level"]}, key=words.sortable)
+    missing = sorted(set(levels) - {"", first["reference"], *found["level"]}, key=columns.sortable)
     if missing:
         named = ", ".join(words.code(task.names.setting(factor, level)) for level in missing)
         parts.append(f"{named} share no settings of the other factors with it")
-    better = "lower" if columns.lower_is_better(score) else "higher"
-    return "; ".join(parts) + f"; {better} is better{_moved_settings(task, factor, rows)}."
+    return "; ".join(parts) + f"; {columns.better(score)} is better{_moved_settings(task, factor, rows)}."
 
 
 def _level(task: Task, factor: str, row: Mapping[str, Any], *, several: bool) -> str:
@@ -134,7 +132,7 @@ def _moved_settings(task: Task, factor: str, rows: Sequence[Mapping[str, Any]]) 
             of_key[reference] = value(one.key, one.reference_value)
     if not found:
         return ""
-    levels = sorted({reference, *(str(row["level"]) for row in rows)}, key=words.sortable)
+    levels = sorted({reference, *(str(row["level"]) for row in rows)}, key=columns.sortable)
     parts = []
     for key, of_key in found.items():
         values = [of_key.get(level, of_key[reference]) for level in levels]
@@ -146,7 +144,7 @@ def _moved_settings(task: Task, factor: str, rows: Sequence[Mapping[str, Any]]) 
 def _too_many_moved(task: Task, factor: str, score: str, found: pd.DataFrame, moved: Sequence[Moved]) -> str:
     """The sentence where levels differ in too many other settings to attribute a difference to the factor."""
     named = [*found["level"], found["reference"].iloc[0]]
-    levels = ", ".join(words.code(task.names.setting(factor, level)) for level in sorted(named, key=words.sortable))
+    levels = ", ".join(words.code(task.names.setting(factor, level)) for level in sorted(named, key=columns.sortable))
     return (
         f"{columns.score_name(score)}: {levels} also differ in {len({one.key for one in moved})} other settings "
         f"({moved_keys(task, moved)}), so that no difference is attributed to the {columns.factor_name(factor)}."
@@ -187,10 +185,9 @@ def _last_step(score: str, rows: Sequence[Mapping[str, Any]]) -> str:
     """What the largest rank changed against the one before it."""
     before, last = rows[-2:]
     step = {"difference": last["step"], "low": last["step_low"], "high": last["step_high"], "scale": last["scale"]}
-    better = "lower" if columns.lower_is_better(score) else "higher"
     ends = f"from {words.number(before['value'])} to {words.number(last['value'])}"
     since = f"From rank {before['level']} to {last['level']} it went {ends}"
-    return f"{since} ({words.tested(step, last['step_p'])}; {better} is better)"
+    return f"{since} ({words.tested(step, last['step_p'])}; {columns.better(score)} is better)"
 
 
 def _other_ranks(rows: Sequence[Mapping[str, Any]]) -> str:

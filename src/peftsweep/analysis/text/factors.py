@@ -73,7 +73,7 @@ def _levels(
     levels = {level: None for found in tables for level in [*found["reference"], *found["level"]]}
     counts = {int(count) for found in tables for count in found["contexts"]}
     rows = []
-    for level in sorted(levels, key=words.sortable):
+    for level in sorted(levels, key=columns.sortable):
         row = {columns.factor_name(factor): columns.level_name(factor, level, task.names)}
         for score, found in quality.items():
             row |= _score_cells(task, factor, score, found, level, several=counts != {1})

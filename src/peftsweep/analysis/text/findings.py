@@ -175,21 +175,20 @@ def other_differences(task: Task, moved: Sequence[Moved]) -> str:
 def _against_baselines(task: Task, score: str) -> Iterator[str]:
     """Sentences on the untouched base, on guessing, and on what makes a score less reliable than it looks."""
     name, metric = columns.evaluation(score)
-    sign, best = columns.direction(score) or 1, task.compare(score).index[0]
-    row = task.row(best, f"eval_info.{name}.")
-    bound = row[f"{score}.low"] if sign > 0 else row[f"{score}.high"]
-    base = row.get(columns.base_of(score), math.nan)
+    best = task.compare(score).index[0]
+    facts = task.facts(best, name)
+    base = facts.get(f"base_{metric}.value", math.nan)
     if words.known(base):
         yield _gain_over_base(task, score, words.number(base))
     elif columns.measured(task.table, columns.base_of(score)):
         yield f"No score of the untouched base is recorded for {words.code(task.labels[best])}, unlike for others."
-    yield from _chance(row, name, metric, bound if sign > 0 else math.nan)
+    yield from _chance(facts, metric, facts[f"{metric}.value.low"] if columns.direction(score) >= 0 else None)
     flags = [c for c in task.configurations.columns if c.startswith(f"eval_info.{name}.") and c.endswith("degenerate")]
     flags = [c for c in flags if not c.startswith(f"eval_info.{name}.base_")]
     if flags and (count := int((task.configurations[flags].astype("Float64") > 0).any(axis=1).sum())):
         always = f"nearly always gave the same answer on {name}, whatever was asked"
         yield f"{words.plural('configuration', count)} {always}."
-    seen = row.get(f"eval_info.{name}.seen_in_training", math.nan)
+    seen = facts.get("seen_in_training", math.nan)
     if words.known(seen) and seen > 0:
         yield f"**{seen:.0f} test rows of {name} were trained on**; the score may be too high."
 
@@ -202,21 +201,28 @@ def _gain_over_base(task: Task, score: str, base: str) -> str:
         text = f"**No gain shown** over the untouched base, which scores {base} on the same rows."
     if not words.known(best["gain_p_adjusted"]):
         return text
-    parts = {"difference": best["gain"], "low": best["gain_low"], "high": best["gain_high"], "scale": best["scale"]}
-    gain = words.tested(parts, best["gain_p_adjusted"])
+    gain = over_base(best)
     as_if = "" if compared.attrs["gains_paired"] else ", as if each had rows of its own"
     return f"{text} {words.code(task.labels[compared.index[0]])} against it: {gain}{as_if}."
 
 
-def _chance(row: Mapping[str, Any], name: str, metric: str, bound: float) -> Iterator[str]:
+def over_base(row: pd.Series[Any]) -> str:
+    """What a configuration, a row of ``Task.compare``, gains over its untouched base; empty where that is not known."""
+    if not words.known(row["gain"]):
+        return ""
+    parts = {"difference": row["gain"], "low": row["gain_low"], "high": row["gain_high"], "scale": row["scale"]}
+    return words.tested(parts, row["gain_p_adjusted"])
+
+
+def _chance(facts: Mapping[str, Any], metric: str, bound: float | None) -> Iterator[str]:
     """What always giving the same answer scores, and guessing; ``bound`` is how low the best score may lie."""
-    facts = {key.removeprefix(f"eval_info.{name}."): value for key, value in row.items() if words.known(value)}
-    majority, random = (baseline(facts, metric, which) for which in ("majority", "random"))
+    known = {key: value for key, value in facts.items() if words.known(value)}
+    majority, random = (baseline(known, metric, which) for which in ("majority", "random"))
     if majority is None:
         return
     guessing = "" if random is None else f", guessing {words.number(random)}"
     mark, always = "", "Always"
-    if words.known(bound) and bound <= max(majority, random or 0.0):
+    if bound is not None and words.known(bound) and bound <= max(majority, random or 0.0):
         mark, always = "**Chance level**: ", "always"
     yield f"{mark}{always} giving the most frequent answer scores {words.number(majority)}{guessing}."
 

@@ -162,7 +162,7 @@ def texts(folder: Path, found: Rows, place: int) -> list[Text]:
         lines = []
     if len(lines) != found.figures.shape[1]:
         return [Text("", "", "")] * found.figures.shape[1]
-    return [Text(_prompt(line), str(line.get("answer", "")), _said(line)) for line in lines]
+    return [Text(_prompt(line), str(line.get("answer", "")), _output_text(line)) for line in lines]
 
 
 def _prompt(line: Mapping[str, Any]) -> str:
@@ -170,7 +170,7 @@ def _prompt(line: Mapping[str, Any]) -> str:
     return f"{line.get('prompt') or line.get('task') or ''}{choices}"
 
 
-def _said(line: Mapping[str, Any]) -> str:
+def _output_text(line: Mapping[str, Any]) -> str:
     if "prediction" in line:
         return str(line["prediction"])
     if "label_prediction" in line:

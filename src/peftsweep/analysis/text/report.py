@@ -145,7 +145,7 @@ def _ranking(task: Task, score: str, mark: str) -> Iterator[str]:
                 "against the best": words.difference(row) if row["verdict"] != "best" else "",
                 "p": words.p(row["p_adjusted"]),
                 "": standing_cell(row),
-                "over the untouched base": _over_base(row),
+                "over the untouched base": findings.over_base(row),
                 **cost_cells(task, number),
             }
         )
@@ -176,20 +176,12 @@ def _not_in_names(task: Task, numbers: list[int]) -> Iterator[str]:
     value = task.names.value
     parts = []
     for key in sorted(moved):
-        values = [value(key, text) if text else "none" for text in sorted(set(texts[key]), key=words.sortable)]
+        values = [value(key, text) if text else "none" for text in sorted(set(texts[key]), key=columns.sortable)]
         some = f"{len(values)} values" if len(values) > MAX_VALUES else ", ".join(values)
         parts.append(f"{task.names.key(key)} ({some})")
     if parts:
         yield f"These settings differ too, and are not in the names: {', '.join(parts)}."
         yield ""
-
-
-def _over_base(row: pd.Series[Any]) -> str:
-    """What a configuration gains over its untouched base."""
-    if not words.known(row["gain"]):
-        return ""
-    parts = {"difference": row["gain"], "low": row["gain_low"], "high": row["gain_high"], "scale": row["scale"]}
-    return words.tested(parts, row["gain_p_adjusted"])
 
 
 def _meaning(compared: pd.DataFrame, count: int, score: str) -> str:

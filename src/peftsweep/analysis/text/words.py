@@ -151,14 +151,6 @@ def _p_digits(p: float) -> str:
     return next((text for n in (3, 4, 5) if float(text := f"{p:.{n}f}") != 0.05), f"{p:.6f}")
 
 
-def sortable(level: str) -> tuple[int, float, str]:
-    """Numbers by size, before words."""
-    try:
-        return 0, float(level), ""
-    except ValueError:
-        return 1, 0.0, level
-
-
 def seeds(row: Mapping[str, Any]) -> str:
     """The successful seeds, and how the others ended."""
     others = ended(row, without=Status.success)

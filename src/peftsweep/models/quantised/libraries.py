@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from peftsweep.errors import InputError, first_line
+from peftsweep.schema import value_at
 
 log = logging.getLogger(__name__)
 
@@ -61,15 +62,9 @@ def kind(config: Mapping[str, Any]) -> str:
     if method is None or method == "bitsandbytes":
         return "none"
     library = BY_NAME.get(str(getattr(method, "value", method)))
-    stored = _at(config, "quant_type", "default", "_type") or config.get("weights")  # of torchao, of quanto
+    stored = value_at(config, "quant_type.default._type") or config.get("weights")  # of torchao, of quanto
     tried = library is not None and stored in library.tried and not config.get("include_input_output_embeddings")
     return library.name if library is not None and tried else "untested"
-
-
-def _at(tree: Any, *keys: str) -> Any:
-    for key in keys:
-        tree = tree.get(key) if isinstance(tree, Mapping) else None
-    return tree
 
 
 def is_tried(quantization: Any) -> bool:
@@ -93,7 +88,7 @@ def problem(quant: Mapping[str, Any], gpus: int) -> str | None:
     library = BY_CONFIG.get(str(quant.get("_target_")).rpartition(".")[2])
     if library is None:
         return None
-    if "Int4" in str(_at(quant, "quant_type", "_target_")):
+    if "Int4" in str(value_at(quant, "quant_type._target_")):
         return INFERENCE_ONLY
     import transformers
     from transformers.quantizers.auto import AUTO_QUANTIZER_MAPPING
