@@ -18,6 +18,7 @@ from peftsweep.forecast.operations import Ledger
 from peftsweep.forecast.speed import Device, Speed
 from peftsweep.forecast.trace import Step
 from peftsweep.schema import Capture, TrainConfig
+from peftsweep.training import loop
 
 CPU = torch.device("cpu")
 MEASURED = Speed({"float32": 1e9, "bfloat16": 2e9}, 1e8, 1e-6, host_seconds=1e-5, byte_seconds=1e-9, lap_seconds=1e-3)
@@ -152,7 +153,7 @@ def test_a_gpu_is_busy_while_the_host_launches_what_is_timed(queue: list[Any], m
     assert meter.once(lambda: queue.append("call")) == pytest.approx(2e-3)
     assert queue == [round(speed.AHEAD_SECONDS * speed.CYCLES), "event", "call", "event"]
     queue.clear()
-    made = speed.made_optimizer
+    made = trace.made_optimizer
     monkeypatch.setattr(speed, "made_optimizer", lambda sizes, config, device: made(sizes, config, CPU))
     assert meter.update((((8, 8), torch.float32),), TrainConfig()) == pytest.approx(2e-3)
     assert {one for one in queue if one != "event"} == {round(speed.UPDATE_AHEAD_SECONDS * speed.CYCLES)}
@@ -194,13 +195,13 @@ def test_the_host_s_seconds_are_of_a_step_that_is_not_captured_and_bytes_of_one_
 def test_a_calibration_step_is_captured_only_where_that_is_meant(
     captured: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    ways, train = [], trace.loop.train
+    ways, train = [], loop.train
 
     def noted(model: Any, rows: Any, config: TrainConfig, **options: Any) -> Any:
         ways.append(config.capture)
         return train(model, rows, config, **options)
 
-    monkeypatch.setattr(trace.loop, "train", noted)
+    monkeypatch.setattr(loop, "train", noted)
     _, run = trace.reference_step(time.perf_counter, CPU, 64, 2, 16, captured=captured)
     assert run() > 0
     assert ways == [Capture.auto if captured else Capture.off]

@@ -128,7 +128,7 @@ class Meter:
         return took / math.sqrt(before * self.slowness(0))
 
     def once(self, call: Callable[[], object], ahead: float = AHEAD_SECONDS) -> float:
-        """The seconds of one call; on a GPU those of its kernels, if the host launches them within ``ahead`` seconds."""
+        """The seconds of one call; on a GPU of its kernels, if the host launches them within ``ahead`` seconds."""
         if self.device.type == "cuda":
             start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
             torch.cuda._sleep(round(ahead * CYCLES))  # else the device would wait for each launch between the events
@@ -165,7 +165,7 @@ class Meter:
             torch.cuda.empty_cache()
 
     def update(self, trained: Sizes, config: TrainConfig) -> float:
-        """The seconds to clip the gradients and to take the optimizer's step for weights of these shapes, on a device."""
+        """The seconds to clip gradients and step the optimizer for weights of these shapes; on a GPU the device's."""
         numbers = sum(math.prod(shape) for shape, _ in trained)
         some = trained if numbers <= MOST_UPDATED else (((MOST_UPDATED,), trained[0][1]),)
         optimizer = made_optimizer(some, config, self.device)
@@ -425,9 +425,7 @@ def _calibrate(speed: Speed, meter: Meter) -> None:
     """
     found = {}
     for name, sizes in CALIBRATION.items():
-        step, run = reference_step(
-            meter.clock, meter.device, *sizes[meter.device.type], captured=name == "middle"
-        )
+        step, run = reference_step(meter.clock, meter.device, *sizes[meter.device.type], captured=name == "middle")
         kernels = {one: count for one, count in step.ledger.calls.items() if not one.views}
         # Both are timed in turns, because their difference is needed.
         rounds = [(meter.around(run), [meter.operation(one) for one in kernels]) for _ in range(ROUNDS)]
