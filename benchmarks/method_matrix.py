@@ -13,6 +13,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Sequence
+from contextlib import suppress
 from datetime import UTC, datetime
 from importlib.metadata import version
 from pathlib import Path
@@ -182,17 +183,26 @@ def run(words: tuple[str, ...], seconds: float | None = None) -> pd.DataFrame:
     """The trials of a sweep, run in a folder of its own; with ``seconds`` those that have ended then."""
     with tempfile.TemporaryDirectory() as folder:
         command = [sys.executable, "-c", "from peftsweep import cli; cli.main()", *words, "study=methods"]
-        process = subprocess.Popen(command, cwd=folder)
-        try:
-            code = process.wait(seconds)
-        except subprocess.TimeoutExpired:
-            process.send_signal(signal.SIGINT)
-            code = process.wait(CANCEL_SECONDS)
-        finally:
-            process.kill()
-        if seconds is None and code != 0:
-            raise subprocess.CalledProcessError(code, command)
+        if seconds is None:
+            subprocess.run(command, cwd=folder, check=True)
+        else:
+            run_for(seconds, command, folder)
         return peftsweep.load(Path(folder) / "multirun" / "methods")
+
+
+def run_for(seconds: float, command: Sequence[str], folder: str) -> None:
+    """Run a command that is interrupted after ``seconds``."""
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a script in the background ignores it, and so would this
+    process = subprocess.Popen(command, cwd=folder)
+    try:
+        process.wait(seconds)
+    except subprocess.TimeoutExpired:
+        process.send_signal(signal.SIGINT)
+        with suppress(subprocess.TimeoutExpired):
+            process.wait(CANCEL_SECONDS)
+    finally:
+        process.kill()
+        process.wait()
 
 
 def cell(row: Any, reasons: dict[str, int]) -> str:
