@@ -2,13 +2,18 @@
 
 python benchmarks/method_matrix.py docs/methods.md
 python benchmarks/method_matrix.py --other docs/quantisations.md     # torchao and quanto, whose extras it needs
+python benchmarks/method_matrix.py --differs docs/methods.md SECONDS [WORD ...]    # what is another here
 """
 
 from __future__ import annotations
 
+import re
+import signal
 import subprocess
 import sys
 import tempfile
+from collections.abc import Sequence
+from contextlib import suppress
 from datetime import UTC, datetime
 from importlib.metadata import version
 from pathlib import Path
@@ -26,6 +31,7 @@ CLASSIFIER = (
     *("model.init=random", "model.architecture.dim=64", "model.architecture.hidden_dim=128"),
     *("model.architecture.n_layers=2", "model.architecture.n_heads=2"),
 )
+CANCEL_SECONDS = 40.0  # until an interrupted sweep has ended
 EXACT = 1e-3  # of a token's loss: a merged model that differs by less is the same
 HEAD = """\
 # Methods
@@ -64,6 +70,8 @@ It runs `peftsweep {sweep}` on the embedded model, whose untouched losses are {b
 
 
 def main() -> None:
+    if sys.argv[1] == "--differs":
+        sys.exit(print_differences(Path(sys.argv[2]), float(sys.argv[3]), sys.argv[4:]))
     other = sys.argv[1] == "--other"
     (write_other if other else write_methods)(Path(sys.argv[-1]).resolve())
 
@@ -90,6 +98,41 @@ def write_other(target: Path) -> None:
     )
     before, _, rest = target.read_text().partition(BEGIN)
     target.write_text(before + BEGIN + head + "\n".join(lines) + notes(reasons) + END + rest.partition(END)[2])
+
+
+def print_differences(page: Path, seconds: float, words: Sequence[str]) -> int:
+    """Run the sweep, with ``words`` in place of those of the same keys; print each cell that is another on ``page``.
+
+    A loss is another if it differs by a tenth. Trials that have not ended after ``seconds`` are left out. Returns 1 if
+    a trial failed that the page does not call failed, else 0.
+    """
+    lines = (line.strip("| \n").split(" | ") for line in page.read_text().splitlines() if line.startswith("| "))
+    stated = {parts[0]: dict(zip(QUANTS, parts[3:], strict=False)) for parts in lines}
+    given = {word.partition("=")[0] for word in words}
+    table = run((*(word for word in SWEEP if word.partition("=")[0] not in given), *words), seconds)
+    failed = 0
+    for _, row in table.iterrows():
+        method, quant = row["choices.method"], row["choices.quant"]
+        if row["run_info.status"] == "cancelled":
+            continue
+        now, before = cell(row, {}), stated.get(method, {}).get(quant, "not on the page")
+        if outcome_of(now) == outcome_of(before) and abs(loss_of(now) - loss_of(before)) <= 0.1 * loss_of(before):
+            continue
+        failed += now == "failed" and before != now
+        print(f"{method} {quant}: {now}, on the page {before}: {row.get('run_info.error.message')}", flush=True)
+    print(f"{len(table)} trials", flush=True)
+    return int(failed > 0)
+
+
+def outcome_of(cell_text: str) -> str:
+    """A cell without its numbers."""
+    return re.sub(r"[\d.()]+", "", cell_text).strip()
+
+
+def loss_of(cell_text: str) -> float:
+    """The loss in a cell; 0 if it has none."""
+    found = re.match(r"\d+\.\d+", cell_text)
+    return float(found[0]) if found else 0.0
 
 
 def method_names() -> list[str]:
@@ -136,12 +179,30 @@ def write_methods(target: Path) -> None:
     target.write_text(head + "\n".join(lines) + notes(reasons))
 
 
-def run(words: tuple[str, ...]) -> pd.DataFrame:
-    """The trials of a sweep, run in a folder of its own."""
+def run(words: tuple[str, ...], seconds: float | None = None) -> pd.DataFrame:
+    """The trials of a sweep, run in a folder of its own; with ``seconds`` those that have ended then."""
     with tempfile.TemporaryDirectory() as folder:
         command = [sys.executable, "-c", "from peftsweep import cli; cli.main()", *words, "study=methods"]
-        subprocess.run(command, cwd=folder, check=True)
+        if seconds is None:
+            subprocess.run(command, cwd=folder, check=True)
+        else:
+            run_for(seconds, command, folder)
         return peftsweep.load(Path(folder) / "multirun" / "methods")
+
+
+def run_for(seconds: float, command: Sequence[str], folder: str) -> None:
+    """Run a command that is interrupted after ``seconds``."""
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a script in the background ignores it, and so would this
+    process = subprocess.Popen(command, cwd=folder)
+    try:
+        process.wait(seconds)
+    except subprocess.TimeoutExpired:
+        process.send_signal(signal.SIGINT)
+        with suppress(subprocess.TimeoutExpired):
+            process.wait(CANCEL_SECONDS)
+    finally:
+        process.kill()
+        process.wait()
 
 
 def cell(row: Any, reasons: dict[str, int]) -> str:

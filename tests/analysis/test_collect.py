@@ -13,6 +13,7 @@ import pytest
 
 import peftsweep
 from peftsweep import cli
+from peftsweep.analysis.table import columns
 from peftsweep.study import claims
 from peftsweep.study.record import Result, host
 
@@ -195,6 +196,12 @@ def test_compiling_is_not_compared_with_a_trial_on_another_device(gpu: str, gain
         result.write(folder)
     found = peftsweep.load().set_index("run_info.trial")["train_info.compile_speed_up"]
     assert (None if pd.isna(found["inductor"]) else found["inductor"]) == gain
+
+
+def test_several_gpus_of_one_model_are_one_device() -> None:
+    gpus = ['["H100", "H100"]', '["H100"]', "H100", '["H100", "A100"]', "[]", None]
+    table = pd.DataFrame({"meta_info.torch.gpus": gpus, "meta_info.system.processor": "EPYC"})
+    assert columns.devices(table).tolist() == ["H100", "H100", "H100", "H100, A100", "EPYC", "EPYC"]
 
 
 def test_the_predicted_memory_is_held_against_the_measured(collect_command: Collect) -> None:

@@ -4,17 +4,21 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
+import time
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
-from peftsweep.forecast import speed
+from peftsweep.forecast import speed, trace
 from peftsweep.forecast.allocator import Allocator
 from peftsweep.forecast.operations import Ledger
 from peftsweep.forecast.speed import Device, Speed
-from peftsweep.schema import TrainConfig
+from peftsweep.forecast.trace import Step
+from peftsweep.schema import Capture, TrainConfig
+from peftsweep.training import loop
 
 CPU = torch.device("cpu")
 MEASURED = Speed({"float32": 1e9, "bfloat16": 2e9}, 1e8, 1e-6, host_seconds=1e-5, byte_seconds=1e-9, lap_seconds=1e-3)
@@ -119,6 +123,102 @@ def test_a_cpu_works_and_calls_in_turns_and_a_gpu_at_the_same_time(device: Devic
     assert device.step(ledger, captured=True)[0] == pytest.approx(1e-7)
 
 
+# ---- on a GPU --------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def queue(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
+    """What is given to a pretended GPU, in its order."""
+    given: list[Any] = []
+
+    class Event:
+        def __init__(self, **_: Any) -> None: ...
+
+        def record(self) -> None:
+            given.append("event")
+
+        def synchronize(self) -> None: ...
+
+        def elapsed_time(self, _: Any) -> float:
+            return 2.0
+
+    monkeypatch.setattr(torch.cuda, "Event", Event)
+    monkeypatch.setattr(torch.cuda, "_sleep", given.append)
+    monkeypatch.setattr(torch.cuda, "empty_cache", lambda: given.append("empty"))
+    return given
+
+
+def test_a_gpu_is_busy_while_the_host_launches_what_is_timed(queue: list[Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    meter = speed.Meter(torch.device("cuda"))
+    assert meter.once(lambda: queue.append("call")) == pytest.approx(2e-3)
+    assert queue == [round(speed.AHEAD_SECONDS * speed.CYCLES), "event", "call", "event"]
+    queue.clear()
+    made = trace.made_optimizer
+    monkeypatch.setattr(speed, "made_optimizer", lambda sizes, config, device: made(sizes, config, CPU))
+    assert meter.update((((8, 8), torch.float32),), TrainConfig()) == pytest.approx(2e-3)
+    assert {one for one in queue if one != "event"} == {round(speed.UPDATE_AHEAD_SECONDS * speed.CYCLES)}
+
+
+def test_the_memory_of_timed_operations_is_given_back_to_other_processes(queue: list[Any]) -> None:
+    speed.Meter(torch.device("cuda")).free()
+    assert queue == ["empty"]
+    speed.Meter(CPU).free()
+    assert queue == ["empty"]
+
+
+@pytest.mark.parametrize(("long", "beyond"), [(5e-3, 5e-3 - 1e-3), (1e-4, 0.0), (math.nan, 0.0)])
+def test_the_host_s_seconds_are_of_a_step_that_is_not_captured_and_bytes_of_one_that_is(
+    long: float, beyond: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ledger = Ledger()
+    with Allocator(1, 0, ledger):
+        left = torch.empty(64, 64, device="meta")
+        left @ left + left
+    seen = dict[bool, tuple[int, ...]]()
+
+    def reference(clock: Any, device: Any, *sizes: int, captured: bool) -> Any:
+        seen[captured] = sizes
+        return Step(ledger, ()), lambda: long if captured else 3e-3
+
+    monkeypatch.setattr(speed, "reference_step", reference)
+    monkeypatch.setattr(speed.Meter, "operation", lambda self, one: 1e-3 / sum(ledger.calls.values()))
+    monkeypatch.setattr(speed.Meter, "update", lambda self, trained, config: 0.0)
+    monkeypatch.setattr(speed.Meter, "around", lambda self, run: run())
+    found = Speed()
+    speed._calibrate(found, speed.Meter(torch.device("cuda")))
+    assert found.host_seconds == pytest.approx(3e-3 / ledger.dispatches)
+    assert found.byte_seconds == pytest.approx(beyond / ledger.other_bytes)
+    assert seen == {False: speed.SMALL["cuda"], True: speed.MIDDLE["cuda"]}
+
+
+@pytest.mark.parametrize("captured", [False, True])
+def test_a_calibration_step_is_captured_only_where_that_is_meant(
+    captured: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ways, train = [], loop.train
+
+    def noted(model: Any, rows: Any, config: TrainConfig, **options: Any) -> Any:
+        ways.append(config.capture)
+        return train(model, rows, config, **options)
+
+    monkeypatch.setattr(loop, "train", noted)
+    _, run = trace.reference_step(time.perf_counter, CPU, 64, 2, 16, captured=captured)
+    assert run() > 0
+    assert ways == [Capture.auto if captured else Capture.off]
+
+
+@pytest.mark.gpu
+def test_the_seconds_of_a_kernel_are_not_those_of_the_host(tmp_path: Path) -> None:
+    cuda = torch.device("cuda")
+    meter, small = speed.Meter(cuda), torch.ones(8, device=cuda)
+    assert meter.best(lambda: small.add_(1.0), 0.01, 100) < 2e-5  # a host needs 1e-5 to 1e-4
+    found = Device(cuda, folder=tmp_path).speed
+    assert found.launch_seconds < 2e-5
+    assert 2e-6 < found.host_seconds < 1e-3
+    assert found.byte_seconds < 1e-10  # a tenth of the bandwidth of any GPU
+    assert torch.cuda.memory_reserved() < 2e9
+
+
 def test_a_machine_of_another_speed_is_measured_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     measured: list[float] = []
     lap = [1e-3]
@@ -186,7 +286,7 @@ def test_a_process_of_a_moment_does_not_slow_a_trial_and_a_lasting_one_does(
 def test_what_is_timed_in_a_busy_moment_is_slowed_by_it_once(device: Device, monkeypatch: pytest.MonkeyPatch) -> None:
     device.speed  # noqa: B018
     monkeypatch.setattr(speed.Meter, "laps", lambda self, seconds: [2 * MEASURED.lap_seconds] * 4)
-    monkeypatch.setattr(speed.Meter, "once", lambda self, call: 2e-3)
+    monkeypatch.setattr(speed.Meter, "once", lambda self, *_: 2e-3)
     now, ledger = Device(CPU, folder=device._file.parent), product(32)
     assert now.take_kept()
     assert now.step(ledger)[0] == pytest.approx(2e-3 + 2 * MEASURED.host_seconds)

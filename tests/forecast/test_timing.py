@@ -19,12 +19,13 @@ from peftsweep.config.compose import Trial
 from peftsweep.errors import InputError
 from peftsweep.forecast import duration, history, speed, timing, work
 from peftsweep.forecast.duration import Estimate, Span
-from peftsweep.forecast.history import History
+from peftsweep.forecast.history import History, Steps
 from peftsweep.observe import streams
 from peftsweep.observe.remaining import format_seconds, remaining, remaining_of_sweep
 from peftsweep.schema import PriceConfig
 from peftsweep.study.record import Result
 from peftsweep.sweep.workers import Budget, Options
+from peftsweep.training import graphs
 from peftsweep.trial.foreseen import predicted_by_kind
 
 Compose = Callable[..., Trial]
@@ -55,7 +56,7 @@ def test_records_of_another_device_or_without_a_prediction_correct_nothing() -> 
     )  # of earlier versions
     found = history.of([result("other"), plain, result(predicted=None)], "mine")
     assert found.correction("train") is None
-    assert found.steps == {"a": [0.1]}
+    assert found.steps == {"a": [Steps.alike(0.1, 100)]}
 
 
 @pytest.mark.parametrize(
@@ -69,10 +70,30 @@ def test_a_record_with_other_facts_under_these_names_is_passed_over(damage: dict
 
 
 def test_a_step_of_the_same_shape_is_the_median_of_its_records() -> None:
-    found = history.of([result(seconds=10.0), result(seconds=11.0), result(shape="b", seconds=99.0)], "mine").step("a")
+    records = [result(seconds=10.0), result(seconds=11.0), result(shape="b", seconds=99.0)]
+    found = history.of(records, "mine").training("a", 200)
     assert found is not None
-    assert found.factor == pytest.approx(math.sqrt(0.10 * 0.11))
-    assert History().step("a") is None
+    assert found.factor == pytest.approx(200 * math.sqrt(0.10 * 0.11))
+    assert History().training("a", 200) is None
+
+
+@pytest.mark.parametrize(("count", "seconds"), [(100, 10.0), (1000, 10.0 + 900 * 0.02), (50, 5.0)])
+def test_steps_beyond_those_of_a_captured_run_take_the_time_of_a_replay(count: int, seconds: float) -> None:
+    """Of its 100 steps in 10 s most took 0.02 s: the first ones of each length were not captured yet."""
+    one = result(seconds=10.0)
+    one.train_info |= {"step_seconds_p50": 0.02, "capture_graphs": 3}
+    found = history.of([one], "mine").training("a", count)
+    assert found is not None
+    assert found.factor == pytest.approx(seconds)
+
+
+@pytest.mark.parametrize("facts", [{"capture_graphs": 3}, {"step_seconds_p50": 0.02}, {"capture_off": "it drops"}])
+def test_steps_of_a_run_without_graphs_are_alike(facts: dict[str, Any]) -> None:
+    one = result(seconds=10.0)
+    one.train_info |= facts
+    found = history.of([one], "mine").training("a", 1000)
+    assert found is not None
+    assert found.factor == pytest.approx(100.0)
 
 
 def test_the_report_counts_errors_and_the_intervals_that_held() -> None:
@@ -310,13 +331,49 @@ def test_seconds_are_those_of_the_steps_and_a_record_of_the_same_shape_decides(
     assert long.spans["train"].seconds == pytest.approx(3 * short.spans["train"].seconds)  # type: ignore[union-attr]
     assert long.flops == pytest.approx(3 * (short.flops or 0))
     assert (short.decided_by, short.unknown) == ("speed", {})
-    same = duration.estimate(compose(*SMALL, "train.steps=300"), device, History(steps={str(short.shape): [0.5, 0.5]}))
+    same = duration.estimate(
+        compose(*SMALL, "train.steps=300"), device, History(steps={str(short.shape): 2 * [Steps.alike(0.5)]})
+    )
     assert same.decided_by == "the same shape"
     assert same.spans["train"].seconds == pytest.approx(150.0)  # type: ignore[union-attr]
     twice = duration.estimate(compose(*SMALL, "train.steps=300"), device, History(ratios={"train": [math.log(2)] * 3}))
     assert twice.decided_by == "records"
     assert twice.spans["train"].seconds == pytest.approx(2 * long.spans["train"].seconds)  # type: ignore[union-attr]
     assert twice.uncorrected["train"] == pytest.approx(long.spans["train"].seconds)  # type: ignore[union-attr]
+
+
+CLASSIFIER = ("model=distilbert", "model.init=random", "dataset=tiny_direction", "train.epochs=null", "eval=[]")
+TEXTS = ("eval=[tiny_math]", "eval.tiny_math.max_new_tokens=200")
+
+
+@pytest.mark.parametrize(
+    ("words", "kind", "replayed"),
+    [
+        (("eval=[]",), "train", True),
+        (CLASSIFIER, "train", False),
+        (("eval=[]", "method=adalora"), "train", False),
+        (TEXTS, "evaluate", True),
+        ((*TEXTS, "method=prompt_tuning"), "evaluate", False),
+    ],
+)
+def test_replays_are_foreseen_only_where_a_gpu_captures_steps(
+    words: tuple[str, ...],
+    kind: str,
+    replayed: bool,
+    compose: Compose,
+    device: speed.Device,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """A replay needs no time of the host."""
+    monkeypatch.setattr(graphs, "DEVICES", ("cuda", "cpu"))
+    device._speed = replace(device.speed, host_seconds=1e-4)
+    ways = ("off", "auto")
+    plain, auto = (
+        duration.estimate(compose("train.steps=500", *words, f"train.capture={way}"), device).uncorrected[kind]
+        for way in ways
+    )
+    assert (auto < 0.9 * plain) == replayed
+    assert replayed or auto == pytest.approx(plain)
 
 
 def test_the_first_trial_of_a_model_takes_nothing_of_the_time_for_the_others(

@@ -28,6 +28,7 @@ from peftsweep.evaluation import decoding
 from peftsweep.forecast import forecast
 from peftsweep.models import attach, model, parts, probe
 from peftsweep.models import saved as models_saved
+from peftsweep.models.quantised import layers
 from peftsweep.schema import Dtype, ModelConfig, TargetsConfig, Task
 from peftsweep.study.record import Result, Status
 from tests.architectures import SIZES, make, write
@@ -314,6 +315,23 @@ def test_a_checkpoint_in_4_bits_is_predicted_as_one(compose: Compose, packed: Pa
     assert found[0] is not None
     assert found[1] is not None
     assert found[0].weights_bytes == found[1].weights_bytes
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+@pytest.mark.parametrize("where", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+def test_a_checkpoint_of_quantised_weights_is_loaded_as_it_was_saved(where: str, bits: int, tmp_path: Path) -> None:
+    """Also after a forward pass, in which a layer of 8 bits takes its scales away from its weight."""
+    options = {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4"} if bits == 4 else {"load_in_8bit": True}
+    device, ids = torch.device(where), torch.arange(3, 19, device=where)[None]
+    made = model.load(ModelConfig(name_or_path="tiny"), BitsAndBytesConfig(**options), device)
+    with torch.no_grad():
+        expected = made(input_ids=ids).logits
+        made.save_pretrained(tmp_path / "kept")
+        loaded = model.load(config_of(tmp_path / "kept"), None, device)
+        assert layers.bits(loaded.model.layers[0].self_attn.q_proj) == bits
+        found = loaded(input_ids=ids).logits
+    assert found.device.type == where
+    assert float((found - expected).abs().mean()) <= 0.02 * float(expected.std())
 
 
 def test_a_model_of_which_no_layer_can_be_quantised_is_not_called_quantised(compose: Compose, tmp_path: Path) -> None:

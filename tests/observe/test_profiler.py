@@ -386,6 +386,22 @@ def test_the_ceiling_is_that_of_the_fastest_layout(monkeypatch: pytest.MonkeyPat
     assert ceiling == 2 * 4**3 / 2.0
 
 
+def test_layouts_that_are_alike_at_the_smallest_size_are_compared_at_each(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As on a GPU, where the host launches a small product in more time than it takes."""
+    now, multiply = 0.0, torch.mm
+
+    def mm(left: torch.Tensor, right: torch.Tensor, out: torch.Tensor | None = None) -> torch.Tensor:
+        nonlocal now
+        large = {(True, True): 5.0, (True, False): 9.0, (False, True): 3.0}
+        small = {(True, True): 1.0, (True, False): 1.1, (False, True): 1.2}
+        now += (large if len(left) == 8 else small)[left.is_contiguous(), right.is_contiguous()]
+        return multiply(left, right, out=out)
+
+    monkeypatch.setattr(torch, "mm", mm)
+    ceiling = observe_flops.matmul_ceiling(CPU, torch.float32, [4, 8], repeats=3, clock=lambda: now)
+    assert ceiling == pytest.approx(2 * 8**3 / 3.0)
+
+
 def test_sizes_above_one_that_takes_too_long_are_left_out() -> None:
     now = 0.0
 

@@ -156,8 +156,10 @@ def test_a_worker_names_its_gpu_before_anything_looks_at_one(scratch: Path) -> N
 
 
 @pytest.mark.gpu
-def test_the_default_launcher_trains_on_a_gpu(scratch: Path) -> None:
-    command = [sys.executable, "-c", "from peftsweep import cli; cli.main()", *TINY, "quant=4bit"]
+@pytest.mark.parametrize("workers", ["null", "2"])  # one a GPU, or two that share it
+def test_the_local_launcher_trains_on_a_gpu(workers: str, scratch: Path) -> None:
+    words = [*TINY, "quant=4bit", f"hydra.launcher.workers={workers}"]
+    command = [sys.executable, "-c", "from peftsweep import cli; cli.main()", *words]
     done = subprocess.run(command, capture_output=True, text=True)
     assert {one.status.name for one in records().values()} == {"success"}, done.stdout + done.stderr
     assert all(one.memory["train"]["allocated_peak"] > 0 for one in records().values())

@@ -19,6 +19,7 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
+from peft import PeftModel
 from torch import nn
 from transformers import Cache, StaticCache
 from transformers.cache_utils import StaticLayer, StaticSlidingWindowLayer
@@ -65,9 +66,7 @@ def static_decoder(model: nn.Module, slots: int, rows: int, length: int, new_tok
     model's cache has other layers than attention.
     """
     devices = {parameter.device for parameter in model.parameters()}
-    if len(devices) > 1 or not graphs.allowed(*devices) or new_tokens < MIN_NEW_TOKENS:
-        return None
-    if any(map(is_wrapper, model.parameters())):
+    if len(devices) > 1 or not graphs.allowed(*devices) or new_tokens < MIN_NEW_TOKENS or not may_suit(model):
         return None
     try:
         layers = StaticCache(config=base_of(model).config, max_cache_len=length).layers
@@ -77,6 +76,14 @@ def static_decoder(model: nn.Module, slots: int, rows: int, length: int, new_tok
     if any(type(layer) not in (StaticLayer, StaticSlidingWindowLayer) for layer in layers):
         return None
     return StaticDecoder(model, slots, rows, length, len(layers))
+
+
+def may_suit(model: nn.Module) -> bool:
+    """Whether neither the model's weights nor its method rule out that it decodes in static shapes."""
+    method: Any = model.active_peft_config if isinstance(model, PeftModel) else None
+    if method is not None and method.is_prompt_learning:
+        return False
+    return not any(map(is_wrapper, model.parameters()))
 
 
 class StaticDecoder:

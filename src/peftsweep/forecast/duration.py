@@ -236,18 +236,19 @@ def _timed(
         return Span.around(took * correction.factor, math.hypot(correction.spread, spread - SPREADS[kind]))
 
     steps = number_of_steps(trial, run)
-    same = history.step(estimate.shape) if estimate.shape else None
+    same = history.training(estimate.shape, round(steps)) if estimate.shape and steps else None
     if steps == 0:
         spans["train"] = NOTHING
-    elif same is not None and steps is not None:
-        spans["train"], decided = Span.around(steps * same.factor, same.spread), "the same shape"
+    elif same is not None:
+        spans["train"], decided = Span.around(same.factor, same.spread), "the same shape"
     elif no_training or run is None or traced.step is None or steps is None:
         unknown["train"] = no_training or "its operations are not known"
     elif config.compile != "none":
         unknown["train"] = f"train.compile={config.compile}: compiled steps are predicted from records alone"
     else:
         took, share = device.step(traced.step.ledger, until)
-        replayed = max(run.count - UNCAPTURED_BATCHES, 0.0) if captures(config, device.device) else 0.0
+        captured = captures(config, device.device) and traced.never_captured is None
+        replayed = max(run.count - UNCAPTURED_BATCHES, 0.0) if captured else 0.0
         replay = device.step(traced.step.ledger, until, captured=True)[0] if replayed else 0.0
         took = (took * (run.count - replayed) + replay * replayed) * run.scale
         took += device.update(traced.step.trained, config) * steps
@@ -259,7 +260,7 @@ def _timed(
     if no_evaluations:
         unknown["evaluate"] = no_evaluations
     else:
-        captured = captures(replace(config, compile="none"), device.device)
+        captured = captures(replace(config, compile="none"), device.device) and traced.decodes_captured
         spans["evaluate"], baseline = _evaluating(device, traced, work_by_name, until, corrected, captured=captured)
         estimate = replace(estimate, baseline=baseline)
     if probe:

@@ -35,12 +35,34 @@ class Correction:
     records: int
 
 
+@dataclass(frozen=True)
+class Steps:
+    """The measured seconds of a training's steps, and of each step beyond those with which it began.
+
+    Where steps are captured as CUDA graphs, the first ones of each length take many times as long as the others.
+    """
+
+    seconds: float
+    count: int
+    each: float
+
+    @classmethod
+    def alike(cls, each: float, count: int = 1) -> Steps:
+        """Steps that take the same time."""
+        return cls(each * count, count, each)
+
+    def of(self, count: int) -> float:
+        """The seconds of ``count`` steps."""
+        beginning = max(self.seconds - self.each * self.count, 0.0)
+        return self.each * count + beginning * min(1.0, count / self.count)
+
+
 @dataclass
 class History:
     """The measured seconds of one device, from records."""
 
     ratios: dict[str, list[float]] = field(default_factory=dict)  # by kind: log(measured / predicted seconds)
-    steps: dict[str, list[float]] = field(default_factory=dict)  # by Estimate.shape: seconds of a step
+    steps: dict[str, list[Steps]] = field(default_factory=dict)  # by Estimate.shape
 
     def correction(self, kind: str) -> Correction | None:
         """The median of the ratios of a kind; None where no record has one."""
@@ -54,10 +76,10 @@ class History:
         spread = max(1.4826 * statistics.median(deviations), LEAST_SPREAD) if len(ratios) > 2 else 3 * LEAST_SPREAD
         return Correction(math.exp(middle), spread * math.sqrt(1 + 1.57 / len(ratios)), len(ratios))
 
-    def step(self, shape: str) -> Correction | None:
-        """The measured seconds of a step of this shape; None where no record has one."""
-        seconds = self.steps.get(shape)
-        if not seconds:
+    def training(self, shape: str, count: int) -> Correction | None:
+        """The seconds of ``count`` steps of this shape, as measured; None where no record has such steps."""
+        seconds = [one.of(count) for one in self.steps.get(shape, ())]
+        if not seconds or count < 1:
             return None
         logs = [math.log(one) for one in seconds]
         spread = max(statistics.stdev(logs), LEAST_SPREAD) if len(logs) > 1 else 1.5 * LEAST_SPREAD
@@ -87,12 +109,21 @@ def of(records: Iterable[Result], device: str) -> History:
             continue
         seconds, predicted = measured(info), info.get("predicted") or {}
         if seconds.get("train") and info.get("steps") and isinstance(about.get(SHAPE), str):
-            history.steps.setdefault(about[SHAPE], []).append(seconds["train"] / info["steps"])
+            history.steps.setdefault(about[SHAPE], []).append(_steps(seconds["train"], info))
         for kind, took in seconds.items() if isinstance(predicted, dict) else ():
             raw = predicted.get(f"uncorrected_{kind}_seconds")
             if isinstance(raw, int | float) and raw > 0 and took > 0:
                 history.ratios.setdefault(kind, []).append(math.log(took / raw))
     return history
+
+
+def _steps(seconds: float, info: Mapping[str, Any]) -> Steps:
+    """The ``seconds`` of the steps in the ``train_info`` of a record; the median step of a captured run is a replay."""
+    found = Steps.alike(seconds / info["steps"], info["steps"])
+    median = info.get("step_seconds_p50")
+    if not info.get("capture_graphs") or not isinstance(median, int | float) or median <= 0:
+        return found
+    return Steps(seconds, info["steps"], min(float(median), found.each))
 
 
 def newest(study: Path, most: int) -> list[Result]:

@@ -40,7 +40,7 @@ from peftsweep.study.atomic import write_text
 
 log = logging.getLogger(__name__)
 
-VERSION = 4  # of what is measured and how it is kept
+VERSION = 5  # of what is measured and how it is kept
 # A "lap" is one reference product of two LAP x LAP matrices; its seconds show when the device has another speed.
 LAP = 512
 LAP_SECONDS = 0.15  # laps are repeated for this time
@@ -59,7 +59,11 @@ LONG_CALLS = 0.1  # seconds of repetitions after which even fewer than three do:
 COLD_BYTES, MOST_SETS = 48e6, 12  # bytes that exceed a CPU's caches; most copies of an operation's tensors
 MOST_UPDATED = 2**24  # most weights whose optimizer step is timed; the seconds of more are proportional
 LARGEST = 1e9  # bytes of the largest operation that is timed
-CALIBRATION = {"small": (64, 2, 16), "middle": (256, 4, 128)}  # width, rows and tokens of the calibration steps
+# For these seconds a GPU is kept busy while the host launches a kernel that is timed, or those of an optimizer's step.
+AHEAD_SECONDS, UPDATE_AHEAD_SECONDS = 3e-4, 2e-2
+CYCLES = 2e9  # of a GPU in a second, at most: one with a lower clock is kept busy for longer
+SMALL, MIDDLE = {"cpu": (64, 2, 16), "cuda": (64, 2, 16)}, {"cpu": (256, 4, 128), "cuda": (1024, 4, 512)}
+CALIBRATION = {"small": SMALL, "middle": MIDDLE}  # width, rows and tokens of the calibration steps
 DTYPES = {"cpu": ("float32", "bfloat16"), "cuda": ("float32", "bfloat16", "float16")}
 SIZES = {"cpu": (256, 512, 1024), "cuda": (2048, 4096, 8192)}
 LONGEST_PRODUCT = 0.15  # seconds of a product, after which no larger one is timed
@@ -76,7 +80,7 @@ class Speed:
     ceilings: dict[str, float] = field(default_factory=dict)  # highest FLOP/s of a matrix product, by dtype
     bandwidth: float = math.nan  # bytes/s that a copy reads and writes
     launch_seconds: float = math.nan  # of the smallest kernel
-    host_seconds: float = 0.0  # overhead of one operator call: Python, modules, autograd
+    host_seconds: float = 0.0  # overhead of one operator call: Python, modules, autograd; on a GPU all of the host's
     # Extra seconds for each byte moved by operations other than products. A step holds many tensors at the same time,
     # so that less of them is in the caches, or mapped, than when one operation is timed alone.
     byte_seconds: float = 0.0
@@ -111,13 +115,13 @@ class Meter:
             self.looked = time.perf_counter()
         return self._slowness
 
-    def best(self, call: Callable[[], object], seconds: float, most: int) -> float:
+    def best(self, call: Callable[[], object], seconds: float, most: int, ahead: float = AHEAD_SECONDS) -> float:
         """The seconds of ``call``: the lower quartile of repetitions, as other processes disturb fast ones least."""
         slowness = self.slowness()
         call()
         took: list[float] = []
         while sum(took) < LONG_CALLS and (len(took) < 3 or (sum(took) < seconds and len(took) < most)):
-            took.append(self.once(call))
+            took.append(self.once(call, ahead))
         return lower_quartile(took) / slowness
 
     def around(self, run: Callable[[], float]) -> float:
@@ -126,10 +130,11 @@ class Meter:
         took = run()
         return took / math.sqrt(before * self.slowness(0))
 
-    def once(self, call: Callable[[], object]) -> float:
-        """The seconds of one call; on a GPU those of its kernels."""
+    def once(self, call: Callable[[], object], ahead: float = AHEAD_SECONDS) -> float:
+        """The seconds of one call; on a GPU of its kernels, if the host launches them within ``ahead`` seconds."""
         if self.device.type == "cuda":
             start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+            torch.cuda._sleep(round(ahead * CYCLES))  # else the device would wait for each launch between the events
             start.record()
             call()
             end.record()
@@ -157,11 +162,13 @@ class Meter:
             return self.best(call, OPERATION_SECONDS, MOST_REPEATS)
 
     def free(self) -> None:
-        """Give back the memory of the operations that were timed."""
+        """Give back the memory of the operations that were timed, on a GPU to the other processes too."""
         self._arguments.free()
+        if self.device.type == "cuda":
+            torch.cuda.empty_cache()
 
     def update(self, trained: Sizes, config: TrainConfig) -> float:
-        """The seconds to clip the gradients and to take the optimizer's step for weights of these shapes."""
+        """The seconds to clip gradients and step the optimizer for weights of these shapes; on a GPU the device's."""
         numbers = sum(math.prod(shape) for shape, _ in trained)
         some = trained if numbers <= MOST_UPDATED else (((MOST_UPDATED,), trained[0][1]),)
         optimizer = made_optimizer(some, config, self.device)
@@ -172,7 +179,8 @@ class Meter:
                 nn.utils.clip_grad_norm_(weights, config.clip)
             optimizer.step()
 
-        return self.best(call, OPERATION_SECONDS, MOST_REPEATS) * max(1.0, numbers / MOST_UPDATED)
+        seconds = self.best(call, OPERATION_SECONDS, MOST_REPEATS, UPDATE_AHEAD_SECONDS)
+        return seconds * max(1.0, numbers / MOST_UPDATED)
 
     def bandwidth(self, seconds: float) -> float:
         """The bytes/s that a copy reads and writes; the copy is repeated for ``seconds``."""
@@ -415,11 +423,12 @@ def _samples(device: torch.device) -> Iterator[Operation]:
 def _calibrate(speed: Speed, meter: Meter) -> None:
     """Set ``host_seconds`` and ``byte_seconds``: the time of a real step beyond that of its operations timed alone.
 
-    Two steps are run: one with tiny tensors, in which the calls take most of the time, and one with larger tensors.
+    Two steps are run: one with tiny tensors, in which the calls take most of the time, and one with larger tensors. On
+    a GPU the first is not captured as a graph, as its calls are to be measured, and the second is.
     """
     found = {}
-    for name, (width, rows, tokens) in CALIBRATION.items():
-        step, run = reference_step(meter.clock, meter.device, width, rows, tokens)
+    for name, sizes in CALIBRATION.items():
+        step, run = reference_step(meter.clock, meter.device, *sizes[meter.device.type], captured=name == "middle")
         kernels = {one: count for one, count in step.ledger.calls.items() if not one.views}
         # Both are timed in turns, because their difference is needed.
         rounds = [(meter.around(run), [meter.operation(one) for one in kernels]) for _ in range(ROUNDS)]
@@ -434,4 +443,5 @@ def _calibrate(speed: Speed, meter: Meter) -> None:
         inside = 0.0 if on_gpu else little + speed.byte_seconds * tiny.other_bytes
         speed.host_seconds = max(short - inside, 0.0) / tiny.dispatches
         host = 0.0 if on_gpu else speed.host_seconds * middle.dispatches
-        speed.byte_seconds = max(long - host - much, 0.0) / middle.other_bytes
+        # NaN: on this GPU the step was not captured, so that the host's part of its seconds is unknown.
+        speed.byte_seconds = 0.0 if math.isnan(long) else max(long - host - much, 0.0) / middle.other_bytes

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 import random
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -24,7 +25,7 @@ from peftsweep.models.losses import answer_losses, regularised_loss, row_inputs
 from peftsweep.models.parts import base_of, classifies, text_config, trainable_parameters
 from peftsweep.models.shortcuts import SHORTCUTS
 from peftsweep.observe import measure
-from peftsweep.schema import Init, ModelConfig, TargetsConfig, TrainConfig
+from peftsweep.schema import Capture, Init, ModelConfig, TargetsConfig, TrainConfig
 from peftsweep.training import loop
 from peftsweep.training import optimizer as training_optimizer
 from peftsweep.training.fused import as_trained
@@ -116,14 +117,18 @@ def untouched(adapted: Any) -> Any:
 
 
 def reference_step(
-    clock: Callable[[], float], device: torch.device, width: int, rows: int, tokens: int
+    clock: Callable[[], float], device: torch.device, width: int, rows: int, tokens: int, *, captured: bool
 ) -> tuple[Step, Callable[[], float]]:
-    """A LoRA step of a small random model: its operations, and a function that runs it and returns its seconds."""
+    """A LoRA step of a small random model: its operations, and a function that runs it and returns its seconds.
+
+    ``captured``: on a GPU it is replayed as a CUDA graph; the seconds are NaN where it cannot be captured.
+    """
     sizes: dict[str, Any] = {"model_type": "llama", "vocab_size": 512, "hidden_size": width}
     sizes |= {"intermediate_size": 4 * width, "num_hidden_layers": 2, "num_attention_heads": 4}
     shape_of = ModelConfig("random", init=Init.random, architecture=sizes)
     method = LoraConfig(r=8, target_modules="all-linear")
-    config = TrainConfig(steps=REFERENCE_STEPS, batch_size=rows, log_every=REFERENCE_STEPS)
+    way = Capture.auto if captured else Capture.off
+    config = TrainConfig(steps=REFERENCE_STEPS, batch_size=rows, log_every=REFERENCE_STEPS, capture=way)
     draw = random.Random(0)
     data = [Tokens([draw.randrange(3, 512) for _ in range(tokens)], tokens // 2) for _ in range(rows * config.steps)]
     shape = Shape(rows, tokens, tokens - tokens // 2, rows * (tokens - tokens // 2))
@@ -139,8 +144,10 @@ def reference_step(
     def run() -> float:
         with torch.random.fork_rng(devices), patch.object(loop, "Laps", partial(measure.Laps, clock=clock)):
             options: dict[str, Any] = {"pad_id": 0, "seed": 0, "log": lambda row: None}
-            took = loop.train(adapted, data, config, meter=measure.Meter(device), **options).steady_seconds
-        return measure.lower_quartile(took)  # as operations are timed
+            done = loop.train(adapted, data, config, meter=measure.Meter(device), **options)
+        if captured and device.type == "cuda" and not done.compilation.get("capture_graphs"):
+            return math.nan
+        return measure.lower_quartile(done.steady_seconds)  # as operations are timed
 
     return step, run
 

@@ -24,6 +24,7 @@ from peftsweep.data.templates import Example
 from peftsweep.data.tokens import Tokens, prompt_ids, tokenize
 from peftsweep.errors import InputError
 from peftsweep.evaluation import evaluate, likelihood
+from peftsweep.evaluation.static_decoding import may_suit
 from peftsweep.evaluation.text import overlap
 from peftsweep.forecast import forecast
 from peftsweep.forecast.operations import Ledger
@@ -32,6 +33,7 @@ from peftsweep.forecast.trace import Step, Tracer
 from peftsweep.observe import streams
 from peftsweep.schema import TrainConfig
 from peftsweep.training import length as training_length
+from peftsweep.training.capture import unfit
 
 log = logging.getLogger(__name__)
 
@@ -89,6 +91,8 @@ class Traced:
     step: Step | None
     # by EvaluationWork.key: the operations of a forward pass and of a decoding step
     evaluations: Mapping[tuple[Shape, float], tuple[Ledger, Ledger | None]]
+    never_captured: str | None = None  # why the steps of its training are not captured as CUDA graphs, also on a GPU
+    decodes_captured: bool = True  # whether a GPU captures its decoding steps
     step_from_similar: bool = False  # whether ``step`` is that of a similar trial
     evaluations_from_similar: bool = False  # whether ``evaluations`` are those of a similar trial
 
@@ -325,4 +329,5 @@ def _trace_parts(
         shape = work.read.shape
         decode = tracer.decode(shape.rows, shape.length + int(work.tokens[1]) // 2) if work.tokens[1] else None
         ledgers[work.key] = tracer.read(shape), decode
-    return Traced(tracer.step(run.shape) if run else None, ledgers)
+    step, off = tracer.step(run.shape) if run else None, unfit(adapted, config)
+    return Traced(step, ledgers, off, decodes_captured=may_suit(adapted))

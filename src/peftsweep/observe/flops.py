@@ -24,6 +24,7 @@ LAYOUTS: tuple[Layout, ...] = (  # of the factors of the products in a layer's f
     lambda left, right: (left, right),
     lambda left, right: (left.t(), right),
 )
+SLOW_LAYOUT = 1.25
 
 
 def count_flops(run: Run, settle: int, active: int) -> Counter[torch.dtype]:
@@ -142,8 +143,8 @@ def matmul_ceiling(
 ) -> float:
     """FLOP/s of the fastest square matrix product: the best of ``sizes``, of each the median of ``repeats``.
 
-    The layout of the factors is that which is fastest at the smallest size: the others may lack a kernel for the dtype
-    (bfloat16 on a CPU without AVX-512).
+    The factors have the layout that is fastest. One that takes over ``SLOW_LAYOUT`` times as long as the fastest at the
+    smallest size is left out there: it may lack a kernel for the dtype (bfloat16 on a CPU without AVX-512).
 
     Sizes for which the device lacks the memory are left out; the smallest must fit. So are those above one whose
     product takes over ``longest`` seconds, as in a number format for which the device has no instruction.
@@ -160,11 +161,12 @@ def matmul_ceiling(
             laps.stop()
         return percentile(laps.seconds(), 50) or 0.0
 
-    layout = min(LAYOUTS, key=lambda one: seconds(one, min(sizes), 1))
+    small = [seconds(one, min(sizes), 1) for one in LAYOUTS]
+    layouts = [one for one, took in zip(LAYOUTS, small, strict=True) if took <= SLOW_LAYOUT * min(small)]
     best = 0.0
     for size in sorted(sizes):
         try:
-            took = seconds(layout, size, repeats)
+            took = min(seconds(one, size, repeats) for one in layouts)
         except RuntimeError as error:
             if best and out_of_memory(error):
                 break

@@ -167,14 +167,17 @@ def axis_name(score: str) -> str:
 def devices(table: pd.DataFrame) -> pd.Series[str]:
     """The device that each trial ran on, as far as it is recorded: the GPUs, or else the CPU and its threads.
 
-    Seconds can be compared on one device alone; hosts with the same device count as one.
+    Seconds can be compared on one device alone; hosts with the same device count as one, and so do several GPUs of one
+    model, as a trial runs on one of them.
     """
     gpus, processor, threads = (
         table[c].astype("string").fillna("") if c in table else pd.Series("", table.index, dtype="string")
         for c in (GPUS, PROCESSOR, THREADS)
     )
     on_cpu = processor.where(threads.eq("") | processor.eq(""), processor + ", " + threads + " threads")
-    found: pd.Series[str] = on_cpu.where(gpus.isin(["", "[]", "[null]"]), gpus.str.strip('[]"').str.replace('"', ""))
+    names = gpus.str.strip("[]").str.replace('"', "").str.split(", ")
+    models = names.map(lambda all_names: ", ".join(dict.fromkeys(all_names)))
+    found: pd.Series[str] = on_cpu.where(gpus.isin(["", "[]", "[null]"]), models)
     return found
 
 
