@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import json
 import os
+import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -12,8 +13,9 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
-from peftsweep import former_names
+from peftsweep import InputError, former_names
 from peftsweep.config import build, fill, identity
 from peftsweep.config.compose import Trial
 from peftsweep.data import fingerprint, hub
@@ -286,6 +288,26 @@ def test_a_record_of_wrong_ranks_or_of_an_adapter_that_cached_tokens_switched_of
     info = {"steps": 4, "reloads": reloads}
     assert bool(mended.outdated(Result({"identity_rule": 5}, {}, config=config, train_info=info))) == wrong
     assert mended.right_since(config) == (6 if retrained else 1)
+
+
+@pytest.mark.parametrize(
+    ("roles", "method", "wrong"),
+    [
+        (["q", "experts"], {"layers_to_transform": 0}, True),
+        (["q", "experts"], {"exclude_modules": ["0.mlp.experts"]}, True),
+        (["q", "experts"], {"layers_to_transform": []}, False),
+        (["q"], {"layers_to_transform": [0]}, False),
+        (["q"], {"layers_to_transform": [0], "target_parameters": ["experts.down_proj"]}, True),
+    ],
+)
+def test_a_record_whose_experts_were_adapted_in_all_layers_is_run_again(
+    roles: list[str], method: dict[str, Any], wrong: bool, tmp_path: Path
+) -> None:
+    small_config("qwen3_moe").save_pretrained(tmp_path)
+    model.load_tokenizer(ModelConfig(name_or_path="tiny")).save_pretrained(tmp_path)
+    config = {"model": {"name_or_path": str(tmp_path)}, "method": {"r": 2} | method, "targets": {"roles": roles}}
+    assert bool(mended.outdated(Result({"identity_rule": 9}, {}, config=config))) == wrong
+    assert mended.outdated(Result({"identity_rule": 10}, {}, config=config)) is None
 
 
 @pytest.mark.parametrize(("kind", "wrong"), [("xlnet", True), ("bert", False)])
@@ -613,6 +635,9 @@ def test_forecasts_follow_the_model_s_files_and_the_classes(folder: Path, compos
     words = [*SMALL, *LOCAL, "method=full"]
     before = forecast.check(compose(*words)), forecast.prediction(compose(*words))
     rewrite(folder / "config.json", lambda settings: settings.update(num_hidden_layers=2))
+    weights = load_file(folder / "model.safetensors")
+    kept = {name: weight for name, weight in weights.items() if not re.search(r"layers\.[2-9]", name)}
+    save_file(kept, folder / "model.safetensors", metadata={"format": "pt"})
     after = forecast.check(compose(*words)), forecast.prediction(compose(*words))
     assert after[0].total_parameters != before[0].total_parameters
     assert before[1] is not None
@@ -623,6 +648,18 @@ def test_forecasts_follow_the_model_s_files_and_the_classes(folder: Path, compos
         forecast.check(compose(*head, f"dataset.classes=[{names}]")) for names in ("less,more", "less,more,other")
     )
     assert three.trainable_parameters != two.trainable_parameters
+
+
+def test_what_a_checkpoint_lacks_follows_its_files(folder: Path) -> None:
+    config = ModelConfig(name_or_path=str(folder))
+    assert model.check_weights(config) == []
+    file = folder / "model.safetensors"
+    edit(file, file.read_bytes().index(b"model.norm.weight"))  # another name
+    with pytest.raises(InputError, match=r"lacks weights of LlamaForCausalLM.*: model\.norm\.weight$"):
+        model.check_weights(config)
+    rewrite(folder / "config.json", lambda settings: settings.update(tie_word_embeddings=False))
+    with pytest.raises(InputError, match=r"lm_head\.weight, model\.norm\.weight$"):
+        model.check_weights(config)
 
 
 def test_a_kept_base_and_a_pack_follow_the_model_s_files(

@@ -18,7 +18,7 @@ from peftsweep.data.templates import Example
 from peftsweep.data.tokens import prompt_ids
 from peftsweep.errors import InputError
 from peftsweep.evaluation.static_decoding import Unfit, next_logits, static_decoder
-from peftsweep.models.compatibility import PREFIX_METHODS
+from peftsweep.models.compatibility import PREFIX_METHODS, check_generation
 from peftsweep.models.losses import row_inputs
 from peftsweep.models.parts import LONG_ROWS, SHORT_ROWS, forget_longer_rows, rows_by_rotation
 from peftsweep.models.probe import abilities
@@ -322,6 +322,7 @@ def _generate_with_transformers(
 ) -> list[list[int]]:
     """Generate with transformers: for sampling, beams, and methods that prepare their own inputs."""
     writing: Any = model
+    check_virtual_tokens(model)
     with without_own_settings(model):
         made: torch.Tensor = writing.generate(
             input_ids=ids,
@@ -337,6 +338,13 @@ def _generate_with_transformers(
         )
     tokens: list[list[int]] = made[:, ids.shape[1] :].tolist()
     return tokens
+
+
+def check_virtual_tokens(model: nn.Module) -> None:
+    """Where ``model`` has virtual tokens, ``compatibility.check_generation``."""
+    method: Any = model.active_peft_config if isinstance(model, PeftModel) else None
+    if method is not None and method.is_prompt_learning:
+        check_generation(method.num_virtual_tokens)
 
 
 @contextmanager

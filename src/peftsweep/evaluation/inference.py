@@ -27,7 +27,7 @@ from torch import nn
 from transformers import PreTrainedTokenizerBase, StoppingCriteria, StoppingCriteriaList
 
 from peftsweep.data.tokens import prompt_ids
-from peftsweep.evaluation.decoding import without_own_settings
+from peftsweep.evaluation.decoding import check_virtual_tokens, without_own_settings
 from peftsweep.evaluation.inference_figures import (
     ADAPTED,
     LEFT_OUT,
@@ -218,6 +218,7 @@ def _timed(
     clock: Clock,
 ) -> Row:
     """Write ``new_tokens`` to each prompt of ``batch`` and say what that took."""
+    check_virtual_tokens(model)
     device = next(model.parameters()).device
     ids, attention = batch["input_ids"].to(device), batch["attention_mask"].to(device)
     marks = _Marks(device, clock)

@@ -34,7 +34,8 @@ class Allocator(TorchDispatchMode):
     """Tracks the storages that operations allocate and free, and computes nothing.
 
     ``live`` and ``peak`` are bytes, in whole blocks. Results that depend on numbers are those of a padded batch: a
-    boolean mask selects ``answers`` positions, and ``all`` is False. With a ``ledger`` every operation is also counted.
+    boolean mask selects ``answers`` positions, ``all`` is False, and experts have equal shares of the tokens. With a
+    ``ledger`` every operation is also counted.
     """
 
     def __init__(self, block: int, answers: int, ledger: Ledger | None = None) -> None:
@@ -44,6 +45,7 @@ class Allocator(TorchDispatchMode):
         self._block = block
         self._answers = answers
         self._known: dict[int, Storage] = {}
+        self._parts = 0  # of the tokens, one for each expert, where a model goes through its experts
         self.in_backward = False
 
     @classmethod
@@ -109,11 +111,22 @@ class Allocator(TorchDispatchMode):
         if func is aten.index_put.default:
             func = aten.index_put_.default  # as autograd does without a dispatch mode (FunctionsManual.cpp)
         if func is aten.nonzero.default:
-            return args[0].new_empty((self._answers, args[0].dim()), dtype=torch.int64)
+            return args[0].new_empty((self._chosen(args[0]), args[0].dim()), dtype=torch.int64)
         if func in (aten.index.Tensor, aten.index_put_.default, aten._index_put_impl_.default):
             places = [place for index in args[1] for place in self._positions(index)]
             return func(args[0], places, *args[2:], **kwargs)
         return None
+
+    def _chosen(self, condition: torch.Tensor) -> int:
+        """How many entries of ``condition`` are true, where the numbers that would say so are missing.
+
+        All of a vector's: a mixture of experts asks so which experts have a token, and then for each of them, by a
+        matrix [chosen experts of a token, tokens], which tokens it has. All experts together have all entries of it.
+        """
+        if condition.dim() == 1:
+            self._parts = max(condition.numel(), 1)
+            return condition.numel()
+        return max(condition.numel() // self._parts, 1) if self._parts else self._answers
 
     def _positions(self, index: torch.Tensor | None) -> list[torch.Tensor | None]:
         if index is None or index.dtype != torch.bool:

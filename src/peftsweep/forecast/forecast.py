@@ -217,10 +217,12 @@ def _check_reading(trial: Trial) -> None:
     config = trial.config
     if config.model.task is Task.causal_lm:
         probe.check_causal(models_model.architecture(config.model), partial(models_model.made, config.model))
+        models_model.check_weights(config.model)
     room = _room(trial)
     for name in config.eval:
         options = inspect.signature(build.evaluator(trial, name)).parameters
         new = options["max_new_tokens"].default if "max_new_tokens" in options else 0
+        compatibility.check_generation(build.virtual_tokens(trial) if new else 0)
         if room is not None and new >= room:
             raise InputError(
                 f"eval.{name}.max_new_tokens={new}: must be below {room}, the tokens the model sees at once"
@@ -356,10 +358,9 @@ def predicted(trial: Trial, batches: Sequence[Shape], where: str) -> Prediction 
         return None
     trial = without_initialisation(trial)
     with streams.without_warnings():
-        quantization = build.storage(trial)
         return on_skeleton(
             trial,
-            quantization,
+            build.storage(trial),
             lambda adapted: predict(adapted, trial.config.train, batches, where),
             (("meta", "meta"), ("meta", "cpu")),
         )

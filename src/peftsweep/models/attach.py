@@ -21,8 +21,8 @@ from transformers.pytorch_utils import Conv1D
 
 from peftsweep.errors import InputError
 from peftsweep.models import compatibility
+from peftsweep.models.checkpoint.weights import new_parts
 from peftsweep.models.losses import METHOD_INPUTS
-from peftsweep.models.model import new_parts
 from peftsweep.models.parts import (
     UNTRAINED_PARTS,
     adaptable_modules,
@@ -257,6 +257,7 @@ def _aim(method: Any, base: PreTrainedModel, modules: list[str] | None, targets:
     if modules is not None:
         method.target_modules = modules
     _aim_at_text(method, base)
+    compatibility.aim_at_parameters(method, base)
     if getattr(method, "layers_to_transform", None) and not isinstance(method.target_modules, str | None):
         # PEFT applies layers_to_transform only to ends of names; a full name would mean its module in every layer.
         full = {name for name, _ in base.named_modules()}

@@ -11,9 +11,10 @@ import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from importlib.metadata import version
 from typing import TYPE_CHECKING, Any
 
-from peftsweep.errors import InputError, suggest
+from peftsweep.errors import InputError, some, suggest
 
 if TYPE_CHECKING:
     from torch import nn
@@ -159,6 +160,9 @@ RULES = (
     Rule("LoraConfig", ("float16",), UNSCALED, {"method_setup": "peftsweep.models.initialise.eva"}),
     Rule("LoraConfig", BOTH, "VeLoRA does not support quantised layers", {"velora_config": Mapping}),
 )
+# The lowest transformers with which no PEFT up to this release generates rightly where a method has virtual tokens: it
+# writes other texts with a prefix in batches of another size, and ends in an IndexError with GPT-2.
+WRITES_OTHERWISE = {"transformers": (5, 24), "peft": (0, 21)}
 FULL = "full fine-tuning cannot train quantised weights; take quant=none or an adapter method"
 
 
@@ -176,6 +180,24 @@ def refusal(method: Mapping[str, Any], kinds: Iterable[str]) -> str | None:
             if rule.holds(config, method, kind):
                 return rule.reason if rule.kinds == ANY else f"not {KINDS[kind]}: {rule.reason}"
     return None
+
+
+def check_generation(virtual_tokens: int) -> None:
+    """Refuse to generate behind so many virtual tokens where the installed packages would write other texts.
+
+    Raises:
+        InputError: the message names the packages.
+    """
+    installed = {name: version(name) for name in WRITES_OTHERWISE}
+    releases = {name: tuple(map(int, re.findall(r"\d+", found)[:2])) for name, found in installed.items()}
+    right = releases["transformers"] < WRITES_OTHERWISE["transformers"] or releases["peft"] > WRITES_OTHERWISE["peft"]
+    if right or not virtual_tokens:
+        return
+    raise InputError(
+        f"method: PEFT {installed['peft']} with transformers {installed['transformers']} generates wrong texts where a "
+        "method has virtual tokens; pip install 'transformers<5.24', or take an evaluation that generates none, such "
+        "as eval=perplexity"
+    )
 
 
 def checkpointing_refusal(model: type) -> str | None:
@@ -197,6 +219,8 @@ def _matches(value: Any, wanted: Any) -> bool:
 
 ADAPTED = "module that gets an adapter"
 PEFT_HEADS = ("classifier", "score")  # names that PEFT adds to modules_to_save of a classifier
+# Initial weights of LoRA for which PEFT takes the attribute ``weight`` of the adapted module.
+DECOMPOSING = ("pissa", "corda", "olora", "loftq", "orthogonal", "lora_ga", "mica")
 TOKENS = ("token_indices", "trainable_token_indices", "cpt_token_ids", "alora_invocation_tokens")
 ANY_LAYER = r"[^.]*"  # the name before a layer's number without layers_pattern
 
@@ -211,7 +235,11 @@ def check_names(method: Any, base: nn.Module, config: Any) -> None:
         InputError: the message names the option, what the base lacks, and what it has.
     """
     modules = [name for name, _ in base.named_modules() if name]
-    innermost = [name for name, module in base.named_modules() if next(module.children(), None) is None]
+    innermost = [
+        name
+        for name, module in base.named_modules()
+        if next(module.children(), None) is None or next(module.parameters(recurse=False), None) is not None
+    ]
     heads = PEFT_HEADS if type(base).__name__.endswith("ForSequenceClassification") else ()
     _check_each(method, "exclude_modules", innermost, "innermost module of the model")
     _check_each(method, "modules_to_save", [*modules, *heads], "module of the model", before="")
@@ -232,6 +260,49 @@ def check_names(method: Any, base: nn.Module, config: Any) -> None:
         raise InputError(
             f"method.target_r={method.target_r}: must be at most method.init_r={method.init_r}: AdaLoRA removes ranks"
         )
+
+
+def aim_at_parameters(method: Any, base: nn.Module) -> None:
+    """Have ``layers_to_transform`` and ``exclude_modules`` hold for ``method.target_parameters`` too.
+
+    PEFT asks both for modules alone and would adapt the parameters, such as experts, in all layers. Where they leave
+    some out, the others are listed one by one.
+
+    Raises:
+        InputError: they leave out all, or the adapters are to begin with a decomposition, which needs a module.
+    """
+    ends = getattr(method, "target_parameters", None) or ()
+    names = [name for name, _ in base.named_parameters() if any(f".{name}".endswith(f".{end}") for end in ends)]
+    modules = dict(base.named_modules())
+    begins = getattr(method, "init_lora_weights", None)
+    if isinstance(begins, str) and begins.lower().startswith(DECOMPOSING):
+        for name in names:
+            if not hasattr(modules[name.rpartition(".")[0]], "weight"):
+                raise InputError(
+                    f"method.init_lora_weights={begins}: decomposes weights of modules, and {name} is a parameter; "
+                    "take other initial weights, or leave it out of the targets"
+                )
+    wanted, patterns = (_listed(getattr(method, key, None)) for key in ("layers_to_transform", "layers_pattern"))
+    kept = [name for name in names if not _is_excluded(method, name)]
+    if wanted:
+        reached = {name: {n for one in patterns or [ANY_LAYER] for n in _layers(one, [name])} for name in kept}
+        kept = [name for name in kept if reached[name] & set(wanted)]
+    if names and not kept:
+        raise InputError(
+            "method.target_parameters: method.layers_to_transform and method.exclude_modules leave none of them; "
+            f"they are {some(names)}"
+        )
+    if len(kept) < len(names):
+        method.target_parameters = kept
+
+
+def _is_excluded(method: Any, name: str) -> bool:
+    """Whether ``exclude_modules`` names a parameter, or its module, as PEFT reads the option."""
+    given = getattr(method, "exclude_modules", None) or ()
+    names = (name, name.rpartition(".")[0])
+    if isinstance(given, str):
+        return any(re.fullmatch(given, one) for one in names)
+    return any(f".{one}".endswith(f".{end}") for one in names for end in given)
 
 
 @contextmanager

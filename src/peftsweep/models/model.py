@@ -28,18 +28,16 @@ from transformers import (
 from transformers.quantizers.base import get_keys_to_not_convert
 
 from peftsweep.data import files, hub
-from peftsweep.errors import InputError, some, suggest
+from peftsweep.errors import InputError, suggest
+from peftsweep.models.checkpoint.weights import NEW_PARTS, check_end_marks, foreseen, has_own_head, lacking, new_parts
 from peftsweep.models.parts import (
     base_of,
     classifies,
     defer_router_loss,
-    has_own_head,
     head_names,
-    left_out,
     never_called,
     text_config,
     text_part,
-    weight_count,
 )
 from peftsweep.models.quantised.layers import is_quantised, not_quantised
 from peftsweep.schema import Init, ModelConfig, Task
@@ -47,7 +45,6 @@ from peftsweep.study import store
 
 TINY = Path(__file__).parents[1] / "tiny" / "weights"
 COMMIT = "peftsweep_commit"  # the attribute of a base that holds the hub's commit of its weights
-NEW_PARTS = "peftsweep_new_parts"  # the attribute of a classifier that names the modules its checkpoint lacked
 ROTARY = ("rope_theta", "rope_scaling", "partial_rotary_factor")  # transformers moves them into rope_parameters
 POSITIONS = ("max_position_embeddings", "n_positions", "max_seq_len")  # names of the longest sequence
 TOO_LONG = "sequence-length-is-longer-than-the-specified-maximum"  # a warning of transformers' tokenizers
@@ -204,7 +201,33 @@ def skeleton(model: ModelConfig, where: str = "meta", classes: int = 0) -> PreTr
     outputs.
     """
     with torch.device(where):
-        return made(model, _shape(model, classes), dtype=getattr(torch, model.dtype.value))
+        base = made(model, _shape(model, classes), dtype=getattr(torch, model.dtype.value))
+    if model.task is Task.seq_cls:
+        setattr(base, NEW_PARTS, check_weights(model, classes))
+    return base
+
+
+def check_weights(model: ModelConfig, classes: int = 0) -> list[str]:
+    """The modules of a classifier that the checkpoint lacks, by the headers of its files; empty if there are no files.
+
+    Raises:
+        InputError: as ``load``, where weights are missing or left out.
+    """
+    if model.init is Init.random:
+        return []
+    folder = Path(source(model)) if is_local(model) else hub.config_of_model(source(model), model.revision).parent
+    shape = _shape(model, classes)
+    states = sorted((file.name, file.stat()) for file in folder.iterdir() if file.is_file())
+    held = [(name, state.st_size, state.st_mtime_ns, state.st_ctime_ns) for name, state in states]
+    key = repr((str(folder), held, model.task, shape.to_json_string(use_diff=False)))
+    if key not in _LACKING:
+        with torch.device("meta"):
+            bare = made(model, shape)
+        _LACKING[key] = foreseen(bare, folder, f"model.name_or_path={model.name_or_path}")
+    return _LACKING[key]
+
+
+_LACKING: dict[str, list[str]] = {}  # by the files and the configuration
 
 
 def made(model: ModelConfig, config: transformers.PreTrainedConfig, **options: Any) -> PreTrainedModel:
@@ -351,10 +374,10 @@ def load(
 
 
 def spare(quantization: Any, base: PreTrainedModel) -> None:
-    """Exclude a classifier's head, which is trained, and layers that are never called, from ``quantization``."""
+    """Exclude what is trained of a classifier itself, and layers that are never called, from ``quantization``."""
     name = next((name for name in SKIPPED if hasattr(quantization, name)), None)
-    heads = head_names(base) if classifies(base) else []
-    if name is None or not (own := [*heads, *never_called(base)]):
+    heads = [*head_names(base), *new_parts(base)] if classifies(base) else []
+    if name is None or not (own := [*dict.fromkeys((*heads, *never_called(base)))]):
         return
     excluded = getattr(quantization, name)
     if excluded is None:  # our list would replace transformers' own choice, such as the output head, so include it
@@ -382,35 +405,13 @@ def _pretrained(model: ModelConfig, quantization: Any, options: dict[str, Any], 
             raise
     if getattr(base, "_hf_peft_config_loaded", False):
         raise InputError(f"model.name_or_path={model.name_or_path}: {WITH_ADAPTER}")
-    if problem := left_out(base, info["unexpected_keys"]) or (quantization is None and not_quantised(base)):
-        raise InputError(f"model.name_or_path={model.name_or_path}: {problem}")
-    lacking = sorted({*info["missing_keys"], *(key for key, *_ in info["mismatched_keys"])})
-    if not lacking:
-        return cast(PreTrainedModel, base)
-    names = some(lacking)
+    key = f"model.name_or_path={model.name_or_path}"
+    if quantization is None and (problem := not_quantised(base)):
+        raise InputError(f"{key}: {problem}")
+    setattr(base, NEW_PARTS, lacking(base, info, key))
     if model.task is Task.causal_lm:
-        raise InputError(
-            f"model.name_or_path={model.name_or_path}: the checkpoint lacks weights of {type(base).__name__}, "
-            f"or has them in other shapes: {names}"
-        )
-    parts = sorted({key.rpartition(".")[0] for key in lacking})
-    bodies = [part for part in parts if part.partition(".")[0] == base.base_model_prefix]
-    if 2 * sum(_own_size(base, part) for part in bodies) > sum(weight_count(p) for p in base.base_model.parameters()):
-        raise InputError(
-            f"model.name_or_path={model.name_or_path}: the checkpoint belongs to another model; it lacks {names}"
-        )
-    setattr(base, NEW_PARTS, parts)
+        check_end_marks(getattr(getattr(base, "generation_config", None), "eos_token_id", None), key)
     return cast(PreTrainedModel, base)
-
-
-def _own_size(base: nn.Module, part: str) -> int:
-    return sum(weight_count(parameter) for parameter in base.get_submodule(part).parameters(recurse=False))
-
-
-def new_parts(base: nn.Module) -> list[str]:
-    """The names of a classifier's modules that its checkpoint lacked, so that they were initialised anew."""
-    parts: list[str] = getattr(base, NEW_PARTS, [])
-    return parts
 
 
 def _random(model: ModelConfig, quantization: Any, where: torch.device, options: dict[str, Any]) -> PreTrainedModel:

@@ -3,25 +3,20 @@
 from __future__ import annotations
 
 import inspect
-import json
 import re
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, NamedTuple, TypeVar, cast
 
 import torch
 import transformers
 from peft import PeftModel
 from peft.tuners.lora import LoraLayer
-from safetensors import SafetensorError, safe_open
 from torch import nn
 from transformers import (
     PreTrainedModel,
 )
-
-from peftsweep.errors import some
 
 # The attribute of a base whose training adds the loss of its routers: the weight of that loss.
 ROUTER_LOSS = "peftsweep_router_loss"
@@ -81,72 +76,6 @@ def head_classes(config: transformers.PreTrainedConfig) -> list[str] | None:
     names = [name for _, name in sorted((config.id2label or {}).items(), key=lambda item: int(item[0]))]
     numbered = all(re.fullmatch(r"(?i)(label|class)?_?\d+", str(name)) for name in names)
     return None if numbered or not made_for.endswith("ForSequenceClassification") else [str(name) for name in names]
-
-
-def has_own_head(folder: Path, tied: Mapping[str, str]) -> bool:
-    """Whether the checkpoint in ``folder`` holds another head than its embeddings, though its configuration ties them.
-
-    ``tied`` are names of weights, each with the name of the weight that it would be. transformers then does not tie
-    them. Of a large vocabulary only the first and the last tokens are compared.
-    """
-    rows = ((_first_and_last_rows(folder, one), _first_and_last_rows(folder, other)) for one, other in tied.items())
-    return any(one is not None and other is not None and not torch.equal(one, other) for one, other in rows)
-
-
-COMPARED = 256  # rows at either end of a weight
-WHOLE = "model.safetensors"  # the file of a checkpoint that is not in several
-
-
-def _first_and_last_rows(folder: Path, name: str) -> torch.Tensor | None:
-    """Some rows of a weight in the safetensors files of ``folder``; None if it is in none of them."""
-    try:
-        index = folder / "model.safetensors.index.json"
-        held = json.loads(index.read_text(encoding="utf-8"))["weight_map"] if index.exists() else {name: WHOLE}
-        with torch.device("cpu"), safe_open(folder / held[name], framework="pt") as weights:  # also for a skeleton
-            found = weights.get_slice(name)
-            count = found.get_shape()[0]
-            return torch.cat([found[:COMPARED], found[max(count - COMPARED, 0) :]]).float()
-    except (OSError, ValueError, KeyError, TypeError, SafetensorError):  # loading says what is wrong with them
-        return None
-
-
-def left_out(base: nn.Module, unexpected: Iterable[str]) -> str | None:
-    """What transformers left out of a checkpoint because its configuration makes ``base`` without it; None if nothing.
-
-    ``unexpected`` are the names for which ``base`` has no place. It is layers beyond those of ``base`` (but for those
-    that only predict further tokens, ``num_nextn_predict_layers``), or weights within its layers: a bias of a linear
-    layer without one, a norm of queries, an adapter's factors; or the scales of quantised weights, which are read as
-    if they were the weights themselves. What else a checkpoint may hold is no part of the function that it was made
-    for: buffers such as masks, other heads, parts beside the text.
-    """
-    further = getattr(text_config(base), "num_nextn_predict_layers", None) or 0
-    modules = dict(base.named_modules())
-    stacks = {name: len(module) for name, module in modules.items() if isinstance(module, nn.ModuleList)}
-    within = []
-    if scales := sorted(key for key in unexpected if (one := SCALES.fullmatch(key)) and one["layer"] in modules):
-        return (
-            f"the checkpoint's weights are quantised, with their scales beside them ({some(scales)}), but its "
-            "config.json has no quantization_config that says how; put it back, or dequantise the checkpoint"
-        )
-    for key in sorted(unexpected):
-        found = ((key[: match.start()], int(match[1])) for match in re.finditer(r"\.(\d+)\.", key))
-        for stack, number in ((stack, number) for stack, number in found if stack in stacks):
-            if number >= stacks[stack] + further:
-                return (
-                    f"the checkpoint has layer {number} of {stack}, but its config.json has only {stacks[stack]} of "
-                    "these layers"
-                )
-            owner, _, own = key.rpartition(".")
-            whole = owner in modules and next(modules[owner].children(), None) is not None  # its bias would be a mask
-            if number < stacks[stack] and own in ("weight", "bias") and not whole and key not in within:
-                within.append(key)
-    return f"its config.json leaves out weights that the checkpoint's layers have: {some(within)}" if within else None
-
-
-# Scales beside a layer's quantised weight: of FP8 and compressed-tensors, of bitsandbytes in 8 and 4 bits.
-SCALES = re.compile(
-    r"(?P<layer>.+)\.(weight_scale\w*|weight_zero_point|SCB|weight\.(absmax|quant_map|quant_state\..+))"
-)
 
 
 def classifies(model: nn.Module) -> bool:

@@ -28,12 +28,13 @@ from transformers import (
 from transformers.pytorch_utils import Conv1D
 
 from peftsweep.errors import InputError, first_line, some
+from peftsweep.models.checkpoint.weights import check_end_marks
 from peftsweep.models.losses import METHOD_INPUTS, READS_PADDING
 from peftsweep.models.model import WITH_ADAPTER, is_local, keep_weights_unpacked, source
 from peftsweep.models.parts import as_configured, text_config
 from peftsweep.models.quantised.layers import dequantise, is_quantised
 from peftsweep.models.shapes import at_target_rank
-from peftsweep.schema import Init, ModelConfig
+from peftsweep.schema import Init, ModelConfig, Task
 from peftsweep.study.atomic import sync_tree
 from peftsweep.study.store import RESIDUAL, WEIGHTS
 
@@ -61,6 +62,8 @@ def check_files(model: ModelConfig) -> None:
     folder, key = Path(source(model)), f"model.name_or_path={model.name_or_path}"
     if (folder / "adapter_config.json").is_file():
         raise InputError(f"{key}: {WITH_ADAPTER}")
+    if model.task is Task.causal_lm:
+        _check_generation(folder / "generation_config.json", key)
     found = {file.name: file for file in folder.iterdir() if file.suffix in WEIGHTS}
     if not found:
         raise InputError(f"{key}: holds no weights, such as model.safetensors")
@@ -74,6 +77,17 @@ def check_files(model: ModelConfig) -> None:
     for name, file in found.items():
         if name.startswith(STEMS) and (problem := _problem(file, file.stat().st_size, file.stat().st_mtime_ns)):
             raise InputError(f"{key}: {name} is not a complete file of weights ({problem}); copy or download it again")
+
+
+def _check_generation(file: Path, key: str) -> None:
+    """Refuse generation settings that cannot be read, or whose end marks are no tokens."""
+    if not file.is_file():
+        return
+    try:
+        marks = json.loads(file.read_text(encoding="utf-8")).get("eos_token_id")
+    except (OSError, ValueError, AttributeError) as error:
+        raise InputError(f"{key}: {file.name} cannot be read ({first_line(error)})") from None
+    check_end_marks(marks, key)
 
 
 @lru_cache(maxsize=10_000)

@@ -241,6 +241,12 @@ def _begins_behind_tokens(config: Values, _: Values) -> bool:
     return bool(_section(config, "method").get("alora_invocation_tokens"))
 
 
+def _chooses_among_parameters(config: Values, _: Values) -> bool:
+    method, roles = _section(config, "method"), _section(config, "targets").get("roles") or ()
+    chooses = any(method.get(key) not in (None, [], "") for key in ("layers_to_transform", "exclude_modules"))
+    return chooses and bool(method.get("target_parameters") or ("experts" in roles and _base(config).experts))
+
+
 MENDED = (
     Mended(2, _accumulates, "with train.accumulation above 1 a step took other rows than one large batch would have"),
     Mended(
@@ -338,6 +344,12 @@ MENDED = (
         _writes_its_end,
         "an end mark that is no special token of the tokenizer was a part of the texts that beams wrote",
         training=False,
+    ),
+    Mended(
+        10,
+        _chooses_among_parameters,
+        "method.layers_to_transform and exclude_modules did not hold for parameters, such as experts: those of all "
+        "layers were adapted",
     ),
 )
 
