@@ -333,6 +333,9 @@ def test_a_template_that_writes_today_s_date_writes_the_same_day_in_all_trials()
     made = tokenizer(dated)
     text = made.decode(tokens(made, {"messages": TALK}).ids)
     assert text.startswith("26 Jul 2024\n<|im_start|>user\n")
+    named = "{% set form = '%d %b %Y' %}{{ strftime_now(form) }}, {{ strftime_now( '%B %-d' ) | upper }}\n" + CHATML
+    text = made.decode(tokens(tokenizer(named), {"messages": TALK}).ids)
+    assert text.startswith("26 Jul 2024, JULY 26\n<|im_start|>user\n")
     marked = tokenizer(dated.partition("\n")[0] + GENERATION)
     assert marked.decode(tokens(marked, {"messages": TALK}).ids).startswith("26 Jul 2024")
     assert trained(marked, tokens(marked, {"messages": TALK})) == ["Three, then.</s>", "\nSeven 😀 pens. </s>"]
@@ -421,8 +424,19 @@ def test_a_template_that_ends_the_last_turn_with_no_mark_is_warned_of(caplog: py
     assert trained(made, tokens(made, {"messages": turns("a", "b")})) == ["b\n"]
     assert "the model does not learn from the training where to stop" in caplog.text
     caplog.clear()
-    tokens(tokenizer(CHATML), {"messages": turns("a", "b")})
+    for template in (CHATML, GENERATION):
+        tokens(tokenizer(template), {"messages": turns("a", "b")})
     assert not caplog.text
+
+
+def test_a_template_that_marks_turns_as_generated_without_their_ends_is_warned_of(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    """As of MiniMax: the end token stands there, and is not trained on."""
+    made = tokenizer(GENERATION.replace("{{ eos_token }}{% endgeneration %}", "{% endgeneration %}{{ eos_token }}"))
+    found = tokens(made, {"messages": TALK})
+    assert trained(made, found) == ["Three, then.", "\nSeven 😀 pens. "]
+    assert caplog.text.count("without their end token: the model does not learn from the training where to stop") == 1
 
 
 def test_a_prompt_and_its_answer_are_a_conversation_of_two_turns() -> None:

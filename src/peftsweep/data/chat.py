@@ -36,6 +36,10 @@ NO_END = (
     "the chat template ends the last turn of the assistant without a special token: the model does not learn from "
     "the training where to stop"
 )
+UNTRAINED_END = (
+    "the chat template marks the assistant's turns as generated ({% generation %}) without their end token: the model "
+    "does not learn from the training where to stop"
+)
 
 
 class Rendered(NamedTuple):
@@ -66,7 +70,7 @@ def render(template: ChatTemplate, conversation: Conversation, turns: Turns, wri
     conversation = template.readable(conversation)
     text = template.text(conversation)
     _check_written_out(template, conversation, text)
-    spans = template.generated(conversation)
+    spans = marked = template.generated(conversation)
     if spans is None:
         spans = places.of_turns(template, conversation, text, only_last=turns is Turns.last)
     elif turns is Turns.last:
@@ -84,6 +88,8 @@ def render(template: ChatTemplate, conversation: Conversation, turns: Turns, wri
     end = _end(template, ids, first, last)
     if end is None:
         template.warn_once(NO_END)
+    elif marked and end not in ids[first:last]:
+        template.warn_once(UNTRAINED_END)
     return Rendered(
         ids,
         trained,
