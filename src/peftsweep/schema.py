@@ -132,7 +132,7 @@ class DatasetConfig:
     split_seed: int = 0  # seed of that split, so that trials of different seeds share their test rows
     reader: str | None = None  # dotted path of a function that turns a row into a row, see tasks.py
     missing: OnMissing = OnMissing.error  # what to do if a column of a template has no value
-    leave_out_tested: bool = True  # leave out training rows with the prompt and answer of a test row
+    leave_out_tested: bool = True  # leave out training rows with the prompt and answer of a test or validation row
     max_characters: int | None = None  # leave out training rows with a longer prompt and answer
     deduplicate: bool = False  # leave out training rows that repeat an earlier one
     samples: int | None = None  # the largest number of training rows

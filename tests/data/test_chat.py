@@ -10,7 +10,7 @@ from typing import Any, cast
 import pandas as pd
 import pytest
 import torch
-from tokenizers import processors
+from tokenizers import AddedToken, processors
 from transformers import AutoTokenizer
 
 from peftsweep import InputError
@@ -228,6 +228,17 @@ def test_what_a_template_marks_by_generation_is_the_mask_of_transformers() -> No
     assert found.trained == [bool(n) for n in made.apply_chat_template(TALK, **options)["assistant_masks"]]
 
 
+def test_a_special_token_that_holds_the_white_space_after_it_is_not_trained_with_the_answer() -> None:
+    """As of Phi-3: the mark before an answer that begins with a space was trained on."""
+    template = "{% for m in messages %}<|{{ m.role }}|>\n{{ m.content }}<|end|>\n{% endfor %}"
+    made = tokenizer(template + "{% if add_generation_prompt %}<|assistant|>\n{% endif %}", [])
+    marks = [AddedToken(f"<|{name}|>", rstrip=True, special=True) for name in ("user", "assistant", "end")]
+    made.add_special_tokens({"additional_special_tokens": marks})
+    for begun in ("", " ", "\n\n"):
+        found = tokens(made, {"messages": turns("3?", f"{begun}three", "4?", f"{begun}four ")})
+        assert trained(made, found) == ["three<|end|>", "four <|end|>"]
+
+
 def test_reasoning_that_a_template_leaves_out_of_earlier_turns_is_not_trained() -> None:
     made = tokenizer(REASONING)
     messages = turns("3?", "<think>hm</think>Three.", "4?", "<think>oh</think>Four.")
@@ -247,7 +258,7 @@ def test_after_a_prompt_that_opens_the_reasoning_a_turn_is_trained_from_its_firs
 
 
 def test_a_turn_whose_end_depends_on_its_place_is_refused_and_the_last_one_can_be_trained() -> None:
-    template = CHATML.replace("<|im_end|>\n", "{{ '<|im_end|>' if loop.last else '<|end|>' }}\n")
+    template = CHATML.replace("<|im_end|>\n", "{{ '<|im_end|>' if loop.last }}\n")
     made = tokenizer(template)
     with pytest.raises(InputError, match=r"row 1 .* turns cannot be found in the rendered text; dataset\.turns=last"):
         tokens(made, {"messages": TALK})
@@ -282,6 +293,18 @@ def test_a_turn_that_ends_with_another_mark_than_the_last_is_trained_to_it() -> 
         ' to=add<|message|>{"a": 3}<|call|>',
         "<|say|>thinks<|message|>3+4<|end|><|start|>assistant<|say|>final<|message|>Seven.<|return|>",
     ]
+
+
+def test_white_space_may_follow_the_mark_that_ends_all_turns_but_the_last() -> None:
+    """As of OLMo 3: the last turn ends with EOS alone. Conversations of several turns were refused."""
+    end = "{{ eos_token if loop.last and m.role == 'assistant' else '<|im_end|>\\n' }}"
+    made = tokenizer(CHATML.replace("<|im_end|>\n", end))
+    found = tokens(made, {"messages": TALK})
+    assert found.ids == made.apply_chat_template(TALK, tokenize=True)["input_ids"]
+    assert trained(made, found) == ["Three, then.<|im_end|>", "\nSeven 😀 pens. </s>"]
+    made.chat_template = TOOLS.replace("{% endfor %}<|im_end|>\n{% endfor %}", "{% endfor %}" + end + "{% endfor %}")
+    called = [*turns("a"), CALLED_ADD, {"role": "tool", "content": "7"}, *turns("", "b")[1:]]
+    assert trained(made, tokens(made, {"messages": called})) == ['<call>add{"a": 3}</call><|im_end|>', "b</s>"]
 
 
 def test_what_opens_an_answer_is_trained_also_after_a_call_whose_reasoning_is_left_out_later() -> None:
@@ -333,6 +356,9 @@ def test_a_template_that_writes_today_s_date_writes_the_same_day_in_all_trials()
     made = tokenizer(dated)
     text = made.decode(tokens(made, {"messages": TALK}).ids)
     assert text.startswith("26 Jul 2024\n<|im_start|>user\n")
+    named = "{% set form = '%d %b %Y' %}{{ strftime_now(form) }}, {{ strftime_now( '%B %-d' ) | upper }}\n" + CHATML
+    text = made.decode(tokens(tokenizer(named), {"messages": TALK}).ids)
+    assert text.startswith("26 Jul 2024, JULY 26\n<|im_start|>user\n")
     marked = tokenizer(dated.partition("\n")[0] + GENERATION)
     assert marked.decode(tokens(marked, {"messages": TALK}).ids).startswith("26 Jul 2024")
     assert trained(marked, tokens(marked, {"messages": TALK})) == ["Three, then.</s>", "\nSeven 😀 pens. </s>"]
@@ -421,8 +447,19 @@ def test_a_template_that_ends_the_last_turn_with_no_mark_is_warned_of(caplog: py
     assert trained(made, tokens(made, {"messages": turns("a", "b")})) == ["b\n"]
     assert "the model does not learn from the training where to stop" in caplog.text
     caplog.clear()
-    tokens(tokenizer(CHATML), {"messages": turns("a", "b")})
+    for template in (CHATML, GENERATION):
+        tokens(tokenizer(template), {"messages": turns("a", "b")})
     assert not caplog.text
+
+
+def test_a_template_that_marks_turns_as_generated_without_their_ends_is_warned_of(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    """As of MiniMax: the end token stands there, and is not trained on."""
+    made = tokenizer(GENERATION.replace("{{ eos_token }}{% endgeneration %}", "{% endgeneration %}{{ eos_token }}"))
+    found = tokens(made, {"messages": TALK})
+    assert trained(made, found) == ["Three, then.", "\nSeven 😀 pens. "]
+    assert caplog.text.count("without their end token: the model does not learn from the training where to stop") == 1
 
 
 def test_a_prompt_and_its_answer_are_a_conversation_of_two_turns() -> None:
@@ -474,6 +511,7 @@ CALLING: list[Row] = [
     {"role": "tool", "tool_call_id": "c1", "content": "7"},
     {"role": "assistant", "content": "Seven."},
 ]
+TWO_CALLS: list[Row] = [CALLING[0], CALLING[1] | {"tool_calls": [CALL, CALL | {"id": "c2"}]}, *CALLING[2:]]
 
 
 def test_tools_and_their_calls_are_written_by_the_template() -> None:
@@ -553,6 +591,8 @@ def test_without_the_template_conversations_have_a_plain_layout() -> None:
         (CHATML, CALLING, "does not write the tool call of turn 2"),
         # The name and the argument of the call stand in the text anyway, as those of the tool.
         (TOOLS.replace("in m.tool_calls or []", "in []"), CALLING, "does not write the tool call of turn 2"),
+        # As of GigaChat 3: of several calls of one function the first alone.
+        (TOOLS.replace("in m.tool_calls or []", "in (m.tool_calls or [])[:1]"), TWO_CALLS, "not write the tool call"),
         (CHATML, turns(" ", "Ho"), None),
     ],
 )  # fmt: skip

@@ -8,6 +8,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pandas as pd
 import pyarrow as pa
 import pyarrow.parquet
@@ -21,7 +22,7 @@ from peftsweep.data import rows as data_rows
 from peftsweep.data.templates import Example
 from peftsweep.data.tokens import Tokens
 from peftsweep.models import model
-from peftsweep.schema import DatasetConfig, ModelConfig, OnMissing
+from peftsweep.schema import DatasetConfig, ModelConfig, OnMissing, ValidationConfig
 
 ROWS = [{"question": f"q{n}", "answer": f"a{n}"} for n in range(30)]
 
@@ -149,6 +150,7 @@ def quoted(rows: list[dict[str, str]], delimiter: str = ",", end: str = "\r\n") 
         ("excel.csv", quoted(CELLS).encode("utf-8-sig")),
         ("european.csv", quoted(CELLS, ";").encode()),
         ("separator.csv", ("sep=;\r\n" + quoted(CELLS, ";")).encode()),
+        ("blank_first.csv", ("\n" + quoted(CELLS, ";")).encode()),
         ("UNICODE.CSV", quoted(CELLS).encode("utf-16")),
         ("big_endian.csv", b"\xfe\xff" + quoted(CELLS).encode("utf-16-be")),
         ("packed.csv.gz", gzip.compress(quoted(CELLS).encode(), mtime=0)),
@@ -168,6 +170,31 @@ def quoted(rows: list[dict[str, str]], delimiter: str = ",", end: str = "\r\n") 
 def test_files_are_read_as_people_have_them(name: str, content: bytes) -> None:
     Path(name).write_bytes(content)
     assert data_rows.read_rows(name) == CELLS
+
+
+@pytest.mark.parametrize("mark", [",", ";", "\t", "|"])
+def test_names_of_columns_may_hold_what_separates_others(mark: str) -> None:
+    """The first of these marks in the first line was taken, and ``long;answer`` was a column."""
+    others = [one for one in (",", ";", "\t", "|") if one != mark]
+    for other in others:
+        long, answer = f"question{other} long", "answer"
+        Path("bare.csv").write_text(f"{long}{mark}{answer}\nwhat{mark}this\na{other}b{mark}c\n")
+        assert data_rows.read_rows("bare.csv") == [{long: "what", answer: "this"}, {long: f"a{other}b", answer: "c"}]
+        Path("quoted.csv").write_text(f'"{long}"{mark}{answer}\n"what{other} then"{mark}this\n')
+        assert data_rows.read_rows("quoted.csv") == [{long: f"what{other} then", answer: "this"}]
+
+
+def test_a_file_whose_columns_two_marks_could_separate_is_an_error() -> None:
+    text = "question;answer, in EUR\nhow much;1,5\nand now;2,5\n"
+    Path("rows.csv").write_text(text)
+    problem = "line 1: the columns may be separated by commas or semicolons; a line 'sep=,' before it says which"
+    with pytest.raises(InputError, match=rf"^dataset\.path=rows\.csv: {problem}$"):
+        data_rows.read_rows("rows.csv", "dataset.path")
+    Path("rows.csv").write_text(f"sep=;\n{text}")
+    assert data_rows.read_rows("rows.csv")[0] == {"question": "how much", "answer, in EUR": "1,5"}
+    Path("rows.csv").write_text('question;answer, in EUR\nhow much;1,5\n"open;2,5\n')
+    with pytest.raises(InputError, match=r"dataset\.path=rows\.csv: line 3: "):
+        data_rows.read_rows("rows.csv", "dataset.path")
 
 
 def test_an_encoding_can_be_given_and_a_wrong_one_is_said_with_its_line() -> None:
@@ -204,6 +231,17 @@ def test_what_would_be_read_wrongly_is_an_error(name: str, text: str, problem: s
     Path(name).write_text(text)
     with pytest.raises(InputError, match=f"dataset.path={name}: .*{problem}"):
         data_rows.read_rows(name, "dataset.path")
+
+
+@pytest.mark.parametrize("kind", ["float16", "float32", "float64"])
+def test_a_float_of_a_parquet_is_written_as_it_was_given(kind: str) -> None:
+    """The scores of STS-B are floats of 32 bits: 3.8 was trained on as 3.799999952316284."""
+    table = pa.table({"score": pa.array(np.array([3.8, 0.1, np.nan, 5.0], dtype=kind)), "text": list("abcd")})
+    pyarrow.parquet.write_table(table, "rows.parquet")
+    for read in (data_rows.read_rows("rows.parquet"), files.first_rows("rows.parquet")):
+        assert [row["score"] for row in read] == [3.8, 0.1, None, 5.0]
+    (made,) = templates.examples(read[:1], "{text}", "{score}")
+    assert made.answer == "3.8"
 
 
 def test_a_parquet_with_a_column_twice_is_an_error() -> None:
@@ -286,6 +324,32 @@ def test_test_rows_are_never_training_rows_and_do_not_depend_on_samples() -> Non
     assert not parts[0] & parts[2]
     assert not parts[1] & parts[2]
     assert [len(part) for part in parts] == [22, 2, 6]
+
+
+def test_a_training_row_that_repeats_a_validation_row_is_left_out() -> None:
+    """Of three copies of each row one may be held out: the loss of the validation fell as its copies were learnt."""
+    path = str(write([*ROWS, *ROWS, *ROWS], "rows.jsonl"))
+    test = str(write([{"question": "other", "answer": "x"}], "test.jsonl"))
+
+    def parts(**options: object) -> tuple[list[str], list[str], data_rows.Rows]:
+        options = {"path": path, "test_path": test, "validation_samples": 4} | options
+        found = data_rows.load_rows(local(**options), validation=True)
+        train, validation = ([row["question"] for row in part] for part in (found.train, found.validation))
+        return train, validation, found
+
+    train, validation, found = parts()
+    assert len(validation) == 4
+    assert not set(train) & set(validation)
+    assert found.left_out["validated_rows"] == 90 - 4 - len(train) > 0
+    kept, same, found = parts(leave_out_tested=False)
+    assert same == validation
+    assert (len(kept), found.left_out["validated_rows"]) == (86, 86 - len(train))
+    write(ROWS[:5], "validation.jsonl")
+    train, validation, found = parts(validation=ValidationConfig(path="validation.jsonl"))
+    assert (len(train), found.left_out["validated_rows"]) == (78, 12)
+    write(ROWS, "validation.jsonl")
+    with pytest.raises(InputError, match=r"^train\.eval_every: all 90 training rows repeat validation rows$"):
+        parts(validation=ValidationConfig(path="validation.jsonl"), validation_samples=30)
 
 
 def test_a_test_file_is_used_whole() -> None:

@@ -203,6 +203,37 @@ def test_a_trial_on_lm_eval_tasks_of_its_own() -> None:
     assert {"own_piqa_acc", "base_own_piqa_acc"} <= set(result.eval_info["lm_eval"])
 
 
+def test_the_rows_of_a_group_of_the_harness_are_those_of_its_tasks(base: Any, tokenizer: Any) -> None:
+    """It was of 0 rows, by which the interval of its score was 12.7 standard errors wide each way."""
+    pytest.importorskip("lm_eval")
+    rows = schemas.write("piqa", Path()).resolve()
+    own = {
+        "dataset_path": "json",
+        "dataset_kwargs": {"data_files": {"test": str(rows)}},
+        "test_split": "test",
+        "output_type": "multiple_choice",
+        "doc_to_text": "Question: {{goal}}\nAnswer:",
+        "doc_to_target": "label",
+        "doc_to_choice": "{{[sol1, sol2]}}",
+        "metric_list": [{"metric": "acc", "aggregation": "mean", "higher_is_better": True}],
+    }
+    Path("tasks").mkdir()
+    for name in ("one", "two", "three"):
+        Path(f"tasks/own_{name}.yaml").write_text(yaml.safe_dump(own | {"task": f"own_{name}"}))
+    mean = {"aggregate_metric_list": [{"metric": "acc", "weight_by_size": True}]}
+    inner = {"group": "own_pair", "task": ["own_one", "own_two"]} | mean
+    Path("tasks/own_pair.yaml").write_text(yaml.safe_dump(inner))
+    outer = {"group": "own_all", "task": ["own_pair", "own_three"]} | mean
+    Path("tasks/own_all.yaml").write_text(yaml.safe_dump(outer))
+    found = harness.lm_eval(base, tokenizer, [], tasks=["own_all"], include_path="tasks").scores
+    size = len(schemas.SCHEMAS["piqa"])
+    assert {name: score.n for name, score in found.items()} == {
+        "own_all_acc": 3 * size,
+        "own_pair_acc": 2 * size,
+        **dict.fromkeys(("own_one_acc", "own_two_acc", "own_three_acc"), size),
+    }
+
+
 def test_a_task_that_the_harness_lacks_is_named_before_anything_is_trained(
     compose: Compose, monkeypatch: pytest.MonkeyPatch
 ) -> None:

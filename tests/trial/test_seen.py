@@ -39,7 +39,9 @@ def counts(one: Trial) -> dict[str, int | None]:
     tokenizer = build.load_tokenizer(one)
     rows = one.rows or data_rows.load_rows(one.config.dataset)
     tests = {name: build.test_examples(one, name, rows, tokenizer) for name in one.config.eval}
-    return seen.seen(one, rows, build.training_tokens(one, tokenizer, rows.train), tests, tokenizer)
+    found = seen.seen(one, rows, build.training_tokens(one, tokenizer, rows.train), tests, tokenizer)
+    assert not any(facts[seen.SIMILAR] for facts in found.values())
+    return {name: facts[seen.SEEN] for name, facts in found.items()}
 
 
 def test_a_run_that_goes_through_the_rows_has_seen_those_that_are_tested(compose: Compose) -> None:
@@ -47,6 +49,20 @@ def test_a_run_that_goes_through_the_rows_has_seen_those_that_are_tested(compose
         "perplexity": 10,
         "exact_match": 10,
     }
+
+
+def test_a_test_row_that_differs_from_one_trained_on_in_space_or_capitals_is_counted_apart() -> None:
+    """It stays in the training, as in code they tell rows apart, but a score of such rows may be too high."""
+    own = {"q": "The Cafe\u0301 costs\n3+3=", "a": "six"}
+    write("rows.jsonl", [*ROWS, own])
+    others = [{"q": "the CAF\u00c9  costs 3+3= ", "a": "Six"}, {"q": "the caf\u00e9 costs 3+3=", "a": "7"}]
+    write("test.jsonl", [*ROWS[:10], *others])
+    words = ["device=cpu", "train.steps=11", "dataset.leave_out_tested=true", "eval=[perplexity]"]
+    result = cli.run_one([*LOCAL[:3], *LOCAL[4:], *words])
+    assert result.train_info["tested_rows"] == 10
+    assert [result.eval_info["perplexity"][key] for key in (seen.SEEN, seen.SIMILAR)] == [0, 1]
+    line = "perplexity: 1 test rows differ from rows trained on in white space or capitals alone"
+    assert line in result.run_info["warnings"]
 
 
 def test_a_run_that_trains_nothing_has_seen_nothing(compose: Compose) -> None:

@@ -36,6 +36,10 @@ NO_END = (
     "the chat template ends the last turn of the assistant without a special token: the model does not learn from "
     "the training where to stop"
 )
+UNTRAINED_END = (
+    "the chat template marks the assistant's turns as generated ({% generation %}) without their end token: the model "
+    "does not learn from the training where to stop"
+)
 
 
 class Rendered(NamedTuple):
@@ -66,7 +70,7 @@ def render(template: ChatTemplate, conversation: Conversation, turns: Turns, wri
     conversation = template.readable(conversation)
     text = template.text(conversation)
     _check_written_out(template, conversation, text)
-    spans = template.generated(conversation)
+    spans = marked = template.generated(conversation)
     if spans is None:
         spans = places.of_turns(template, conversation, text, only_last=turns is Turns.last)
     elif turns is Turns.last:
@@ -75,7 +79,7 @@ def render(template: ChatTemplate, conversation: Conversation, turns: Turns, wri
     else:
         spans = places.trained_parts(template, conversation, text, spans)
     encoded = template.tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
-    trained = _covered(encoded.offset_mapping, spans)
+    trained = _covered(encoded.offset_mapping, spans, [token in template.special for token in encoded.input_ids])
     if not any(trained[1:]):
         raise ValueError("no token of it would be trained on")
     ids: list[int] = encoded.input_ids
@@ -84,6 +88,8 @@ def render(template: ChatTemplate, conversation: Conversation, turns: Turns, wri
     end = _end(template, ids, first, last)
     if end is None:
         template.warn_once(NO_END)
+    elif marked and end not in ids[first:last]:
+        template.warn_once(UNTRAINED_END)
     return Rendered(
         ids,
         trained,
@@ -164,12 +170,16 @@ def _up_to_last_turn(template: ChatTemplate, conversation: Conversation) -> str:
     return template.text(conversation._replace(messages=conversation.messages[:-1]), begun=True)
 
 
-def _covered(offsets: Sequence[Span], spans: Sequence[Span]) -> list[bool]:
-    """Whether each token overlaps a span; tokens of white space may have no characters in ``offsets``."""
+def _covered(offsets: Sequence[Span], spans: Sequence[Span], special: Sequence[bool]) -> list[bool]:
+    """Whether each token overlaps a span; tokens of white space may have no characters in ``offsets``.
+
+    Some ``special`` tokens hold the white space after them (Phi-3): one before a span that begins so is no part of it.
+    """
     covered = [False] * len(offsets)
     ends = [end for _, end in offsets]
     for start, end in spans:
         n = bisect_right(ends, start)
+        n += n < len(offsets) and special[n] and offsets[n][0] < start
         while n < len(offsets) and min(offsets[n][0], ends[n] - 1) < end:
             covered[n] = True
             n += 1
@@ -189,18 +199,19 @@ def _check_written_out(template: ChatTemplate, conversation: Conversation, text:
         ValueError: a part of a message, a tool or the reasoning of the last turn is missing in ``text``.
     """
     messages = conversation.messages
-    shape = (bool(conversation.tools), *((m["role"], bool(m.get("content")), "tool_calls" in m) for m in messages))
+    shape: tuple[Any, ...] = (bool(conversation.tools),)
+    shape += tuple((m["role"], bool(m.get("content")), len(m.get("tool_calls") or [])) for m in messages)
     shape += (json.dumps(conversation.variables, default=str),)
     for n, message in enumerate(messages):
         calls = message.get("tool_calls") or []
         # The last line after any reasoning, which templates may leave out.
         visible = content_text(message.get("content")).rpartition("</think>")[2].strip()
         pieces = {"content": visible.splitlines()[-1:], "tool call": [part for call in calls for part in _pieces(call)]}
-        probes = {"content": places.with_probe(message), "tool call": _with_probed_names(message)}
+        probes = {"content": [places.with_probe(message)], "tool call": _with_probed_names(message)}
         for part, wanted in pieces.items():
             written = all(_occurs(piece.strip(), text) for piece in wanted)
             if wanted and shape not in template.complete:
-                written = written and _writes(template, conversation, n, probes[part])
+                written = written and all(_writes(template, conversation, n, probe) for probe in probes[part])
             if not written:
                 raise ValueError(f"the chat template does not write the {part} of turn {n + 1} ({message['role']})")
     thought = reasoning_text(messages[-1]).strip()
@@ -222,8 +233,10 @@ def _writes(template: ChatTemplate, conversation: Conversation, number: int, pro
     return text is None or PROBE in text
 
 
-def _with_probed_names(message: Message) -> Message:
-    return message | {"tool_calls": [*map(places.named, message.get("tool_calls") or [])]}
+def _with_probed_names(message: Message) -> list[Message]:
+    """The message with a probe as the name of each of its calls in turn: some templates write the first call alone."""
+    calls = message.get("tool_calls") or []
+    return [message | {"tool_calls": [*calls[:n], places.named(call), *calls[n + 1 :]]} for n, call in enumerate(calls)]
 
 
 def _pieces(call: dict[str, Any]) -> list[str]:

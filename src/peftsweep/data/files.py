@@ -13,8 +13,9 @@ import difflib
 import gzip
 import io
 import json
+import re
 import zlib
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -34,7 +35,11 @@ FORMATS = (
 PLAIN = (".txt", ".md")  # read as paragraphs
 SHOWN = 4  # files of a folder that a message names
 BEGINNING = 2**20  # bytes of a large file that are read for its first rows
+# Types of floats of fewer bits than Python's, as Arrow and the library datasets call them -> their names in NumPy.
+SHORT_FLOATS = {"float": "float32", "halffloat": "float16", "float32": "float32", "float16": "float16"}
 GZIP = b"\x1f\x8b"  # the first bytes of a gzip file
+FIRST_LINE = re.compile(r"\S[^\r\n]*")  # that is not empty
+SEPARATORS = {",": "commas", ";": "semicolons", "\t": "tabs", "|": "bars"}  # of columns in .csv
 BYTE_ORDER_MARKS = {codecs.BOM_UTF8: "utf-8-sig", codecs.BOM_UTF16_LE: "utf-16", codecs.BOM_UTF16_BE: "utf-16"}
 
 csv.field_size_limit(2**31 - 1)  # the default ends a field at 128 KiB
@@ -106,7 +111,7 @@ def first_rows(path: str | Path, key: str = "path", encoding: str | None = None,
             import pyarrow.parquet
 
             table = next(pyarrow.parquet.ParquetFile(file).iter_batches(count))
-            return plain_rows(table.to_pylist())
+            return _arrow_rows(table)
         with gzip.open(file) if file.suffix.lower() == ".gz" else file.open("rb") as stream:
             beginning = stream.read(BEGINNING)
         lines = beginning if len(beginning) < BEGINNING else beginning.rpartition(b"\n")[0]
@@ -143,9 +148,22 @@ def similar(path: Path) -> str:
     return f"; looked for in {folder.absolute()}"
 
 
-def plain_rows(rows: Iterable[Row]) -> list[Row]:
-    """Rows as Arrow gives them, with None for NaN, and without the null keys that Arrow adds to objects in lists."""
-    return [{name: _plain(value) for name, value in row.items()} for row in rows]
+def plain_rows(rows: Iterable[Row], short: Mapping[str, str] | None = None) -> list[Row]:
+    """Rows as Arrow gives them, with None for NaN, and without the null keys that Arrow adds to objects in lists.
+
+    The columns ``short`` (with their types, of ``SHORT_FLOATS``) hold floats of 32 or 16 bits, with which 3.8 is
+    3.799999952316284 in Python: the number with the fewest digits that is the same float is taken.
+    """
+    plain = [{name: _plain(value) for name, value in row.items()} for row in rows]
+    for row in plain if short else ():
+        row |= {name: _shortest(row[name], kind) for name, kind in (short or {}).items()}
+    return plain
+
+
+def _shortest(value: float | None, kind: str) -> float | None:
+    import numpy
+
+    return None if value is None else float(str(getattr(numpy, SHORT_FLOATS[kind])(value)))
 
 
 def _plain(value: Any, *, listed: bool = False) -> Any:
@@ -257,11 +275,34 @@ def _is_rows(value: Any) -> bool:
 
 def _read_csv(text: str) -> list[Row]:
     """Columns separated by commas, semicolons (as Excel writes where the decimal mark is a comma), tabs or bars."""
-    first = text.partition("\n")[0].strip()
-    if named := first.startswith("sep=") and len(first) == 5:
-        text = text.partition("\n")[2]
-    delimiter = first[4] if named else next((mark for mark in ",;\t|" if mark in first), ",")
-    return _read_table(text, int(named), delimiter=delimiter, strict=True)
+    found = FIRST_LINE.search(text)
+    first = found[0].strip() if found else ""
+    if found and first.startswith("sep=") and len(first) == 5:
+        return _read_table(text[found.end() :], text.count("\n", 0, found.start()), delimiter=first[4], strict=True)
+    unquoted = re.sub(r'"[^"]*("|\Z)', "", first)
+    marks = [mark for mark in SEPARATORS if mark in unquoted] or [next(iter(SEPARATORS))]
+    if len(marks) == 1:
+        return _read_table(text, 0, delimiter=marks[0], strict=True)
+    return _read_by_one_of(text, marks)
+
+
+def _read_by_one_of(text: str, marks: Sequence[str]) -> list[Row]:
+    """The rows by the one separator that all lines have as often as the first line, where that line has several."""
+    read: dict[str, list[Row]] = {}
+    errors = []
+    for mark in marks:
+        try:
+            read[mark] = _read_table(text, 0, delimiter=mark, strict=True)
+        except _BrokenLine as error:
+            errors.append(error)
+    if not read:
+        raise errors[0]
+    if len(read) > 1:
+        several = " or ".join(SEPARATORS[mark] for mark in read)
+        raise _BrokenLine(
+            1, f"the columns may be separated by {several}; a line 'sep={next(iter(read))}' before it says which"
+        )
+    return next(iter(read.values()))
 
 
 def _read_tsv(text: str) -> list[Row]:
@@ -308,7 +349,12 @@ def _read_parquet(file: Path) -> list[Row]:
     table = pyarrow.parquet.ParquetFile(file).read()
     if len(set(table.column_names)) < table.num_columns:
         raise ValueError(f"the column '{_repeated(table.column_names)}' occurs twice")
-    return plain_rows(table.to_pylist())
+    return _arrow_rows(table)
+
+
+def _arrow_rows(table: Any) -> list[Row]:
+    kinds = zip(table.schema.names, table.schema.types, strict=True)
+    return plain_rows(table.to_pylist(), {name: str(kind) for name, kind in kinds if str(kind) in SHORT_FLOATS})
 
 
 def _read_text(text: str) -> list[Row]:

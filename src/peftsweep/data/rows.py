@@ -41,7 +41,7 @@ def hub_rows(name: str, config: str | None, split: str, revision: str | None, ke
     Raises:
         InputError: it cannot be loaded.
     """
-    return trees.joined(plain_rows(_loaded(name, config, split, revision, key)))
+    return trees.joined(_plain(_loaded(name, config, split, revision, key)))
 
 
 def first_hub_rows(name: str, config: str | None, split: str, revision: str | None, count: int = 100) -> list[Row]:
@@ -51,7 +51,12 @@ def first_hub_rows(name: str, config: str | None, split: str, revision: str | No
         InputError: it cannot be loaded.
     """
     loaded = _loaded(name, config, split, revision, "dataset")
-    return plain_rows(loaded.select(range(min(count, len(loaded)))))
+    return _plain(loaded.select(range(min(count, len(loaded)))))
+
+
+def _plain(loaded: Any) -> list[Row]:
+    kinds = {name: str(getattr(kind, "dtype", "")) for name, kind in loaded.features.items()}
+    return plain_rows(loaded, {name: kind for name, kind in kinds.items() if kind in files.SHORT_FLOATS})
 
 
 def _loaded(name: str, config: str | None, split: str, revision: str | None, key: str) -> Any:
@@ -131,8 +136,8 @@ class Rows:
 def load_rows(dataset: DatasetConfig, *, validation: bool = False) -> Rows:
     """The dataset's rows; test rows are never training rows, and validation rows never test rows.
 
-    A training row with the prompt and answer of a test row is left out, unless ``leave_out_tested`` is
-    false. With ``validation`` true, up to ``validation_samples`` rows (at most a tenth) leave the training rows,
+    A training row with the prompt and answer of a test or validation row is left out, unless ``leave_out_tested``
+    is false. With ``validation`` true, up to ``validation_samples`` rows (at most a tenth) leave the training rows,
     unless ``validation`` names a source of them.
 
     Raises:
@@ -147,15 +152,40 @@ def load_rows(dataset: DatasetConfig, *, validation: bool = False) -> Rows:
     if dataset.samples is not None and dataset.samples < len(train):
         train = shuffle.sample(train, dataset.samples)
     if validation and (dataset.validation.path or dataset.validation.hub):
-        kept = _fraction(train, dataset.fraction, shuffle)
-        return Rows(kept, validation_rows(dataset), test, left_out, commit)
+        validated = validation_rows(dataset)
+        train = _not_validated(dataset, train, validated, left_out)
+        return Rows(_fraction(train, dataset.fraction, shuffle), validated, test, left_out, commit)
     held_out = min(dataset.validation_samples, len(train) // 10) if validation else 0
     if validation and not held_out:
         raise InputError(f"train.eval_every: {len(train)} training rows are too few to hold out validation rows")
     if held_out:
         train = shuffle.sample(train, len(train))
-    kept = _fraction(train[held_out:], dataset.fraction, shuffle)
-    return Rows(kept, train[:held_out], test, left_out, commit)
+    validated, train = train[:held_out], train[held_out:]
+    if held_out:
+        repeated = left_out["duplicate_rows"] and not dataset.deduplicate  # else no row can be a held out one again
+        train = _not_validated(dataset, train, validated if repeated else [], left_out)
+    return Rows(_fraction(train, dataset.fraction, shuffle), validated, test, left_out, commit)
+
+
+def _not_validated(
+    dataset: DatasetConfig, train: list[Row], validated: list[Row], left_out: dict[str, int]
+) -> list[Row]:
+    """The training rows without those with the prompt and answer of a validation row; their number in ``left_out``.
+
+    They all stay, but are counted, if ``leave_out_tested`` is false.
+
+    Raises:
+        InputError: nothing is left to train on.
+    """
+    known = {example.written for example in dataset_examples(dataset, validated)}
+    kept = train
+    if known:
+        examples = dataset_examples(dataset, train)
+        kept = [row for row, example in zip(train, examples, strict=True) if example.written not in known]
+    left_out["validated_rows"] = len(train) - len(kept)
+    if not kept:
+        raise InputError(f"train.eval_every: all {len(train)} training rows repeat validation rows")
+    return kept if dataset.leave_out_tested else train
 
 
 def _fraction(rows: list[Row], fraction: float, shuffle: random.Random) -> list[Row]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from torch import nn
@@ -69,7 +69,7 @@ def lm_eval(
     )
     scores = {}
     for task, measured in found["results"].items():
-        n = found["n-samples"].get(task, {}).get("effective", 0)
+        n = _rows(found, task)
         for key, value in measured.items():
             metric, _, kind = key.partition(",")
             if not kind or metric.endswith("_stderr") or not isinstance(value, int | float):
@@ -79,6 +79,13 @@ def lm_eval(
             scores[name] = Score(float(value), stderr if isinstance(stderr, float) else None, n)
     lines = [_line(task, sample) for task, samples in found.get("samples", {}).items() for sample in samples]
     return Evaluation(scores, lines)
+
+
+def _rows(found: Mapping[str, Any], task: str) -> int:
+    """The number of rows of a task; of a group those of all its tasks, of which it has the mean."""
+    if task in found["n-samples"]:
+        return int(found["n-samples"][task]["effective"])
+    return sum(_rows(found, part) for part in found.get("group_subtasks", {}).get(task, ()))
 
 
 def check_tasks(tasks: Sequence[str | dict[str, Any]], include_path: str | None = None) -> TaskManager:

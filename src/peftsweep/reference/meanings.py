@@ -154,6 +154,7 @@ COLUMNS = {  # pattern of a column -> what it is; the first that fits counts
     "train_info.packed.*": "the same figures of the whole pack; share_seconds is the trial's share of its steps",
     "train_info.training_rows": "rows trained on",
     "train_info.tested_rows": "rows left out because a test row has the same prompt and answer",
+    "train_info.validated_rows": "rows left out because a validation row has the same prompt and answer",
     "train_info.long_rows": "rows left out because they are too long",
     "train_info.duplicate_rows": "rows left out because they repeat an earlier one",
     "train_info.missing_rows": "rows left out because they lack a value",
@@ -189,6 +190,8 @@ COLUMNS = {  # pattern of a column -> what it is; the first that fits counts
     "eval_info.*.*histogram.*": "how often this answer was given; the twenty most frequent ones",
     "eval_info.*.*degenerate": "whether nearly all answers were the same",
     "eval_info.*.seen_in_training": "test rows that were trained on; null if not known",
+    "eval_info.*.similar_in_training": "further test rows that differ from one trained on in white space or capitals "
+    "alone",
     "eval_info.*.base_predictions": "the file of the untouched base's answers",
     "eval_info.*.truncated_*": "prompts and answers that were cut",
     "eval_info.*.long_references": "reference answers longer than max_new_tokens",

@@ -48,6 +48,8 @@ def _evaluation_cautions(name: str, facts: Mapping[str, Any]) -> Iterator[str]:
         yield f"{name}: {worse}; the steps may be too large: lower train.learning_rate"
     if seen := facts.get("seen_in_training"):
         yield f"{name}: {seen} test rows were trained on"
+    if similar := facts.get("similar_in_training"):
+        yield f"{name}: {similar} test rows differ from rows trained on in white space or capitals alone"
 
 
 def _worse_than_base(facts: Mapping[str, Any]) -> str | None:

@@ -114,7 +114,7 @@ def _figures(value: Any, key: str) -> str | None:
 # Names of figures that tables and plots compute with.
 NUMERIC = re.compile(
     r"(seconds|seconds_per_token|bytes|parameters|rows|steps?|tokens|loss|fraction|epochs|per_second|prompts|answers|"
-    r"references|peak|mean|majority|random|seen_in_training|speed_up|difference|value|low|high|to_first_token|flops|mfu)(_p\d+)?$"
+    r"references|peak|mean|majority|random|seen_in_training|similar_in_training|speed_up|difference|value|low|high|to_first_token|flops|mfu)(_p\d+)?$"
 )
 is_numeric = lru_cache(maxsize=10_000)(NUMERIC.search)
 NAMES = (HEADLINE, "base_predictions", "trained_by", "reload_error", "merge_error")  # entries that hold text

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import unicodedata
 from collections.abc import Sequence
 from typing import Any
 
@@ -24,6 +25,9 @@ from peftsweep.study.record import Result
 from peftsweep.training import length
 
 Written = tuple[str, str]  # a prompt and its answer
+Facts = dict[str, int | None]
+SEEN, SIMILAR = "seen_in_training", "similar_in_training"
+UNKNOWN: Facts = {SEEN: None, SIMILAR: None}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -41,9 +45,10 @@ def seen(
     tokens: Sequence[Tokens],
     tests: dict[str, list[Example]],
     tokenizer: PreTrainedTokenizerBase,
-) -> dict[str, int | None]:
+) -> dict[str, Facts]:
     """The number of test rows of each evaluation whose prompt and answer were trained on; None if it is unknown.
 
+    Rows that differ from one trained on in white space, capitals or the form of characters alone are counted apart.
     ``rows`` and ``tokens`` are those of the trial. For a saved adapter (``adapter.path``) the training rows are those
     that its record names; the number is None if it has no record, or its rows cannot be read any more. It is None for
     tasks of lm-evaluation-harness, too. Test rows are compared in the templates of the evaluation and of the dataset.
@@ -53,20 +58,35 @@ def seen(
     if config.adapter.path is not None:
         training = _of_adapter(trial, rows, tokens, tokenizer)
     if training is None:
-        return dict.fromkeys(tests)
+        return {name: dict(UNKNOWN) for name in tests}
     dataset = training.trial.config.dataset
     test_texts = {
         name: _written_in_all_templates(test, _in_dataset_templates(dataset, trial, name, rows))
         for name, test in tests.items()
     }
     trained_texts = _trained_examples(
-        training, {written for rows_texts in test_texts.values() for ways in rows_texts for written in ways}, tokenizer
+        training,
+        {alike(written) for rows_texts in test_texts.values() for ways in rows_texts for written in ways},
+        tokenizer,
     )
-    counts: dict[str, int | None] = {
-        name: sum(bool(ways & trained_texts) for ways in rows_texts) for name, rows_texts in test_texts.items()
-    }
+    counts = {name: _count(rows_texts, trained_texts) for name, rows_texts in test_texts.items()}
     harness = [name for name in tests if config.eval[name].get("_target_") == HARNESS]
-    return counts | dict.fromkeys(harness)
+    return counts | {name: dict(UNKNOWN) for name in harness}
+
+
+def alike(written: Written) -> Written:
+    """A prompt and its answer without what two copies of the same text often differ in."""
+    prompt, answer = (
+        " ".join(unicodedata.normalize("NFKC", text).casefold().replace("\\n", " ").split()) for text in written
+    )
+    return prompt, answer
+
+
+def _count(tests: Sequence[set[Written]], trained_texts: set[Written]) -> Facts:
+    same = [bool(ways & trained_texts) for ways in tests]
+    roughly = set(map(alike, trained_texts))
+    similar = [not roughly.isdisjoint(map(alike, ways)) for ways in tests]
+    return {SEEN: sum(same), SIMILAR: sum(similar) - sum(same)}
 
 
 def _written_in_all_templates(test: Sequence[Example], again: Sequence[Example | None]) -> list[set[Written]]:
@@ -85,13 +105,13 @@ def _in_dataset_templates(dataset: DatasetConfig, trial: Trial, name: str, rows:
 
 
 def _trained_examples(training: Training, wanted: set[Written], tokenizer: PreTrainedTokenizerBase) -> set[Written]:
-    """The examples among ``wanted`` that were trained on; a short training does not use all of its rows."""
+    """The examples alike to ``wanted`` ones that were trained on; a short training does not use all of its rows."""
     config, tokens = training.trial.config, training.tokens
     examples = templates.dataset_examples(config.dataset, training.rows)
     matches = [
         (number, row, example.written)
         for number, (row, example) in enumerate(zip(training.rows, examples, strict=True))
-        if example.written in wanted
+        if alike(example.written) in wanted
     ]
     taken = length.rows_taken(tokens, config.train, config.seed)
     if len(tokens) == len(training.rows):

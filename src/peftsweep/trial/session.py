@@ -131,7 +131,7 @@ class Session:
             with self.stage("baseline"):
                 scores = base_scores(self.trial, name, test, self.base, self.tokenizer, self.place.parent)
             known = {f"base_{metric}": score for metric, score in scores.items()}
-            self.result.eval_info[name] = known | {"seen_in_training": counts[name]}
+            self.result.eval_info[name] = known | counts[name]
 
     def score_base_again(self) -> None:
         """Write the untouched base's answers, which a finished trial lacks, and its scores into the record."""
@@ -142,7 +142,7 @@ class Session:
             self.result.eval_info[name] |= {f"base_{metric}": score for metric, score in scores.items()}
         del self.base
 
-    def seen(self) -> dict[str, int | None]:
+    def seen(self) -> dict[str, seen.Facts]:
         return seen.seen(self.trial, self.rows, self.tokens, self.tests, self.tokenizer)
 
     def share(self, other: Session) -> None:
@@ -155,8 +155,8 @@ class Session:
         self.stop_at = self.rung_step(len(self.tokens))
         self.result.eval_info = copy.deepcopy(other.result.eval_info) if self.stop_at is None else {}
         if self.result.eval_info and self.config.train != other.config.train:  # which may take fewer rows
-            for name, count in self.seen().items():
-                self.result.eval_info[name]["seen_in_training"] = count
+            for name, facts in self.seen().items():
+                self.result.eval_info[name] |= facts
 
     def adapt(self) -> None:
         """Attach the method and train it, or take an adapter that was trained before."""

@@ -47,10 +47,11 @@ GENERATED: tuple[tuple[str, str, Unit], ...] = (
 ROWS_OF = (  # of an evaluation
     *("truncated_prompts", "truncated_answers", "long_references", "unwritable_references"),
     "seen_in_training",
+    "similar_in_training",
 )
 ROWS_TRAINED = (
     *("training_rows", "truncated_rows", "truncated_prompts", "truncated_answers"),
-    *("tested_rows", "duplicate_rows", "long_rows", "missing_rows", "padding_fraction"),
+    *("tested_rows", "validated_rows", "duplicate_rows", "long_rows", "missing_rows", "padding_fraction"),
 )
 
 

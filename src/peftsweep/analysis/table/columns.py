@@ -22,7 +22,14 @@ MAIN_METRICS = ("accuracy", "acc_norm", "acc", "label_acc", "f1", "perplexity") 
 WITHOUT_RESULT = (Status.failed.name, Status.oom.name, Status.refused.name, Status.cancelled.name)
 NOT_SUCCESS = tuple(s.name for s in Status if s is not Status.success)
 MEASURED = ("train_info.", "memory.", "eval_info.", "generation_info.")
-FACTS = ("valid_fraction", "majority", "random", "seen_in_training", *TEXT_METRICS)  # that explain a score and are none
+FACTS = (
+    "valid_fraction",
+    "majority",
+    "random",
+    "seen_in_training",
+    "similar_in_training",
+    *TEXT_METRICS,
+)  # that explain a score and are none
 LESS = ("bytes", "parameters", "_peak", "_mean", "rss", "loss", "padding_fraction", "overhead.value")
 MORE = ("tokens_per_second", "speed_up")
 UNITS = {  # from which value on, how much of the column's unit one is, and its sign

@@ -250,11 +250,13 @@ def _end_mark(template: ChatTemplate, after: str, as_last: str, header: str | No
     ends = [shared.rfind(mark) + len(mark) for mark in template.special.values() if mark in shared]
     if ends:
         return max(ends)
-    length = 0
-    while mark := _mark_at(template, after, length):
+    # Of a call, its arguments stand before the marks; they are the same where the turn is the last one.
+    length, place = 0, min((after.find(mark) for mark in template.special.values() if mark in after), default=0)
+    while (mark := _mark_at(template, after, place)) and (length or place <= len(shared)):
         if mark == header and length:
             return length
-        length += len(mark)
+        length = place + len(mark)
+        place = length + len(after[length:]) - len(after[length:].lstrip())  # white space may stand before the header
     raise ValueError("the ends of its turns cannot be found in the rendered text; " + _LOCATORS)
 
 

@@ -25,7 +25,8 @@ ARGUMENTS = {"probe_key": "probe_value"}
 # In place of the present day, which some templates write, and by which the same trial would have other prompts on
 # another day. Llama 3's template writes this one where it is told no day.
 DAY = datetime(2024, 7, 26)
-TODAY = re.compile(r"""\bstrftime_now\(\s*(["'])([^"']*)\1\s*\)""")
+TODAY = re.compile(r"\bstrftime_now\(([^()]*)\)")
+DIRECTIVES = [f"%-{letter}" for letter in "dmyHIMSj"] + [f"%{letter}" for letter in "dmyYbBaAHIMSpjFDTcxXUW"]
 
 
 @dataclass(frozen=True)
@@ -172,5 +173,6 @@ class ChatTemplate:
 
 @lru_cache(maxsize=16)
 def _on_one_day(source: str) -> str:
-    """A template that writes ``DAY`` in place of the present day."""
-    return TODAY.sub(lambda found: json.dumps(DAY.strftime(found[2])), source)
+    """A template that writes ``DAY`` in place of the present day, whether the form of the date is a text or a name."""
+    parts = " | ".join(f"replace({json.dumps(one)}, {json.dumps(DAY.strftime(one))})" for one in DIRECTIVES)
+    return TODAY.sub(lambda found: f"(({found[1].strip() or repr('%c')}) | {parts})", source)
