@@ -30,7 +30,7 @@ from peftsweep.tuning import decision as tuning_decision
 from peftsweep.tuning.finals import BaseScore, Judged
 from tests import tables
 from tests.analysis.test_collect import collect_command as collect_command
-from tests.analysis.test_report import ranks, trial, written
+from tests.analysis.test_report import ranks, table_of, trial
 
 SCHEMA = Path(__file__).parents[2] / "docs" / "answer.schema.json"
 STUDY = Path("multirun/default")
@@ -38,12 +38,33 @@ STUDY = Path("multirun/default")
 
 def answered(*rows: dict[str, Any], steps: pd.DataFrame | None = None) -> tuple[dict[str, Any], str]:
     """What answer.json and RESULTS.md hold of a study of these trials."""
+    held, text, _ = reported(*rows, steps=steps)
+    return held, text
+
+
+def reported(*rows: dict[str, Any], steps: pd.DataFrame | None = None) -> tuple[dict[str, Any], str, structure.Answer]:
+    """``answered``, and the answer that both are written from."""
+    keep_words(*rows)
+    logged = pd.DataFrame() if steps is None else steps
+    file, answer = report.write(STUDY, table_of(STUDY, *rows), logged, (), predictions(STUDY))
+    return json.loads((STUDY / "answer.json").read_text()), file.read_text(), answer
+
+
+def keep_words(*rows: dict[str, Any]) -> None:
+    """Write the words that each of the trials was run with."""
     for row in rows:
-        kept = STUDY / row["run_info.trial"] / ".hydra" / "overrides.yaml"
-        kept.parent.mkdir(parents=True, exist_ok=True)
-        kept.write_text(f"- method=lora\n- label={row['run_info.trial']}\n")
-    text = written(STUDY, *rows, steps=steps)
-    return json.loads((STUDY / "answer.json").read_text()), text
+        file = STUDY / row["run_info.trial"] / ".hydra" / "overrides.yaml"
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_text(f"- method=lora\n- label={row['run_info.trial']}\n")
+
+
+def answer_alone(*rows: dict[str, Any]) -> dict[str, Any]:
+    """What answer.json holds of a study of these trials, for tests that do not read RESULTS.md: in half the time."""
+    keep_words(*rows)
+    table = table_of(STUDY, *rows)
+    answer = build.answer(STUDY, table, study_tasks(table, predictions(STUDY)), pd.DataFrame())
+    structure.write(answer, STUDY, render.plain)
+    return dict(json.loads((STUDY / "answer.json").read_text()))
 
 
 def section(answer: dict[str, Any], name: str) -> dict[str, Any]:
@@ -120,9 +141,8 @@ def test_twenty_questions_are_read_off_the_files() -> None:
 def test_the_four_outputs_hold_the_same_sentences_in_the_same_order() -> None:
     rows = study()
     record.write_json(STUDY / "league.json", {"lines": ["league by task accuracy:", "1. lora, r_x=*16*: 0.8"]})
-    held, text = answered(*rows)
+    held, text, answer = reported(*rows)
     table = pd.DataFrame(rows).convert_dtypes()
-    _, answer = report.write(STUDY, table, pd.DataFrame(), (), predictions(STUDY))
     opened = page.write(table, tables.steps(table), STUDY, predictions(STUDY), answer).read_text(encoding="utf-8")
     shown = re.sub(r"<[^>]+>", "", opened.partition("</head>")[2].partition('id="trial')[0])
     printed = "\n".join(render.lines(answer))
@@ -157,7 +177,7 @@ def test_answer_json_is_as_its_published_schema_says() -> None:
     assert _meaning(published) == _meaning(made)
     check = jsonschema.Draft202012Validator(published)
     for rows in ([trial(0, None)], ranks(5, 6, seeds=1), study()):
-        check.validate(wrong := answered(*rows)[0])
+        check.validate(wrong := answer_alone(*rows))
     section(wrong, "use")["facts"]["verdict"] = "perhaps"
     assert not check.is_valid(wrong)
     section(wrong, "use")["facts"]["verdict"] = "use"
@@ -174,7 +194,7 @@ def test_nothing_is_used_where_nothing_beats_the_base_and_one_trial_is_the_only_
         "use": ranks(40, 80),
     }
     for verdict, rows in verdicts.items():
-        use = section(answered(*rows)[0], "use")["facts"]
+        use = section(answer_alone(*rows), "use")["facts"]
         assert use["verdict"] == verdict
         assert (use["configuration"] is None) == (verdict not in ("use", "only one"))
 
@@ -385,7 +405,7 @@ def test_what_a_terminal_leaves_out_of_a_long_section_is_counted() -> None:
 def test_an_average_over_tests_is_missing_where_one_of_them_is() -> None:
     rows = matrix_rows()
     rows[0]["eval_info.piqa.accuracy.value"] = None
-    found = section(answered(*rows)[0], "table")["tables"][1]["rows"]
+    found = section(answer_alone(*rows), "table")["tables"][1]["rows"]
     assert [row["average"] for row in found if row["configuration"] == "lora, r=8"] == [None]
 
 
@@ -550,7 +570,7 @@ def tuned(rows: Sequence[dict[str, Any]]) -> Decision:
 def test_a_tuning_and_the_report_test_the_gain_over_the_base_alike(right: tuple[int, int], verdict: str) -> None:
     rows = judged_on_rows(right)
     found = tuned(rows)
-    general, _ = answered(*rows)
+    general = answer_alone(*rows)
     assert found.base is not None
     held = section(general, "certainty")["facts"]["scores"][0]["base"]
     for key in ("value", "gain", "low", "high", "p"):
@@ -561,7 +581,7 @@ def test_a_tuning_and_the_report_test_the_gain_over_the_base_alike(right: tuple[
 
 def test_what_a_tuning_decided_comes_first_and_nothing_contradicts_it() -> None:
     rows = judged_on_rows((80, 81))
-    assert section(answered(*rows)[0], "use")["facts"]["configuration"] == "lora, r=8"  # the smaller one of a tie
+    assert section(answer_alone(*rows), "use")["facts"]["configuration"] == "lora, r=8"  # the smaller one of a tie
     decided = tuned(rows)
     held, text = answered(*rows)
     use, search = section(held, "use")["facts"], section(held, "tune")
@@ -592,7 +612,7 @@ def test_what_a_tuning_chose_is_said_with_the_rivals_it_did_not_beat(
         tuned(rows), between=[structure.Between(first, second, 0.01, -0.02, 0.04, 3, verdict)]
     )
     record.write_json(STUDY / "tune.json", {"lines": ["Use x"], "decision": tuning_decision.facts(decided)})
-    assert sentence in section(answered(*rows)[0], "use")["sentences"][0]
+    assert sentence in section(answer_alone(*rows), "use")["sentences"][0]
 
 
 def test_where_a_tuning_shows_no_gain_nothing_is_recommended() -> None:
@@ -609,7 +629,7 @@ def test_where_a_tuning_shows_no_gain_nothing_is_recommended() -> None:
 def test_trials_that_a_tuning_did_not_judge_may_say_more() -> None:
     rows = judged_on_rows((66, 70, 95))
     decided = tuned([row for row in rows if row["config.method.r"] < 32])
-    use = section(answered(*rows)[0], "use")
+    use = section(answer_alone(*rows), "use")
     assert (use["facts"]["configuration"], use["facts"]["decided_by"]) == ("lora, r=32", None)
     assert use["sentences"][0].endswith(
         "(sweep=tune, which did not judge all of these trials, "
@@ -623,7 +643,7 @@ def test_a_choice_by_validation_alone_is_called_so() -> None:
     rows = [{key: value for key, value in row.items() if "eval_info" not in key} for row in rows]
     facts = tuning_decision.facts(Decision(None, "by validation", "lora, lr=0.001, r=16", ["t1"], "validation_loss"))
     record.write_json(STUDY / "tune.json", {"lines": ["By validation alone: x."], "decision": facts})
-    held, _ = answered(*rows)
+    held = answer_alone(*rows)
     use = section(held, "use")
     assert (use["facts"]["verdict"], use["facts"]["configuration"]) == ("by validation", "lora, r=16")
     assert use["sentences"][0].startswith("Use lora, r=16, by validation alone: ")
@@ -635,7 +655,7 @@ def test_a_file_of_an_earlier_version_has_its_sentences_alone() -> None:
     record.write_json(
         STUDY / "tune.json", {"lines": ["Use lora, lr=0.1_0: task *accuracy* 0.8."], "command": ["a=b c"]}
     )
-    held, _ = answered(*rows)
+    held = answer_alone(*rows)
     found = section(held, "tune")
     assert found["sentences"] == ["Use lora, lr=0.1_0: task *accuracy* 0.8."]
     assert (found["facts"]["verdict"], found["facts"]["command"]) == (None, "peftsweep 'a=b c'")
@@ -647,7 +667,7 @@ def test_the_placebo_of_a_league_is_part_of_how_sure_it_is() -> None:
     finalist = structure.Finalist("dora", "dora, lr=0.001", 0.8, ["t3"], 1)
     found = Decision(None, "ranked", finalist.configuration, ["t3"], "c", [finalist], placebo=placebo)
     record.write_json(STUDY / "league.json", {"lines": ["1. dora"], "decision": tuning_decision.facts(found)})
-    held, _ = answered(*ranks(40, 80))
+    held = answer_alone(*ranks(40, 80))
     sure = section(held, "certainty")
     assert sure["facts"]["placebo"] == dataclasses.asdict(placebo)
     assert sure["sentences"][-1].startswith("What luck is worth: lora under another name won 7 of 9 pairs of seeds")
@@ -664,7 +684,7 @@ def test_the_advice_beside_a_league_names_what_the_league_does_not_tell_apart(ot
     ]
     found = Decision(None, "ranked", finalists[0].configuration, finalists[0].trials, "c", finalists)
     record.write_json(STUDY / "league.json", {"lines": ["1. lora"], "decision": tuning_decision.facts(found)})
-    sentence = section(answered(*ranks(40, 80))[0], "use")["sentences"][0]
+    sentence = section(answer_alone(*ranks(40, 80)), "use")["sentences"][0]
     beside = "(sweep=league, over 2 seeds of each, does not tell apart: lora, ia3.)"
     assert sentence.endswith(beside) == (other == 1)
     assert ("league" in sentence) == (other == 1)
@@ -674,9 +694,9 @@ def test_what_was_kept_is_in_all_four_outputs() -> None:
     curve = [{"scale": 0.5, "eval": "task", "role": "target", "metric": "accuracy", "value": 0.79, "stderr": 0.02}]
     old = {"eval": "old", "role": "retention", "metric": "perplexity", "stderr": 0.1}
     curve += [{"scale": scale, "value": value} | old for scale, value in ((0.25, 5.1), (0.5, 5.3))]
-    kept = {"train_info.scales": json.dumps(curve), "eval_info.old.perplexity.value": 7.0}
-    rows = [row | (kept if row["run_info.trial"] == "t1" else {}) for row in ranks(40, 80, seeds=1)]
-    held, text = answered(*rows)
+    scales = {"train_info.scales": json.dumps(curve), "eval_info.old.perplexity.value": 7.0}
+    rows = [row | (scales if row["run_info.trial"] == "t1" else {}) for row in ranks(40, 80, seeds=1)]
+    held, text, answer = reported(*rows)
     found = section(held, "retention")
     (sentence,), (trial_,) = found["sentences"], found["facts"]["trials"]
     assert trial_["keeps_most"] == {"old": 0.5}
@@ -686,7 +706,6 @@ def test_what_was_kept_is_in_all_four_outputs() -> None:
     assert half["old perplexity (retention)"] == 5.3
     assert half["old perplexity (retention).high"] == pytest.approx(5.3 + 1.96 * 0.1, abs=1e-3)
     table = pd.DataFrame(rows).convert_dtypes()
-    _, answer = report.write(STUDY, table, pd.DataFrame(), (), predictions(STUDY))
     opened = page.write(table, tables.steps(table), STUDY, predictions(STUDY), answer).read_text(encoding="utf-8")
     assert "  " + sentence in render.lines(answer)
     assert sentence in render.plain(text)

@@ -219,7 +219,7 @@ def consistent(numbers: Sequence[int], folder: Path, most: int) -> None:
 
 
 def test_no_two_sentences_of_a_report_disagree(tmp_path: Path) -> None:
-    consistent(range(4), tmp_path, most=8)
+    consistent(range(2), tmp_path, most=8)
 
 
 @pytest.mark.slow

@@ -12,6 +12,7 @@ import pytest
 
 from peftsweep.analysis.figures import axes, page, plot
 from peftsweep.analysis.statistics import trials
+from peftsweep.analysis.statistics.task import study_tasks
 from peftsweep.analysis.table.columns import TRAINING_TIME
 from tests import tables
 
@@ -24,8 +25,9 @@ def names(table: pd.DataFrame) -> set[str]:
 
 
 def figure(name: str, table: pd.DataFrame) -> Any:
-    """The figure of that name; those that come after it are not drawn."""
-    return next(found for other, found in plot.figures(table, tables.steps(table)) if other == name)
+    """The figure of that name, alone."""
+    (task,) = study_tasks(table, None)
+    return dict(plot.drawings(task, tables.steps(table)))[name]()
 
 
 def texts(drawn: Any) -> str:
@@ -66,12 +68,11 @@ def test_a_study_without_a_score_still_shows_what_it_cost() -> None:
 def test_what_did_not_succeed_is_marked_by_its_word() -> None:
     factors = {"choices.method": METHODS, "choices.quant": QUANTS}
     table = tables.trials(factors, statuses={0: "oom", 3: "refused", 4: "failed"})
-    drawn = dict(plot.figures(table, tables.steps(table)))
-    heat = texts(drawn["heatmap_task"])
+    heat = texts(figure("heatmap_task", table))
     assert {"oom", "refused", "failed"} <= set(heat.splitlines())
     assert "1 failed, 1 oom, 1 refused" in heat
-    assert "1 oom" in texts(drawn["training_time"])
-    assert "\N{MULTIPLICATION SIGN} refused" in texts(drawn["quantisation_task"])
+    assert "1 oom" in texts(figure("training_time", table))
+    assert "\N{MULTIPLICATION SIGN} refused" in texts(figure("quantisation_task", table))
 
 
 def test_equal_scores_have_the_middle_shade_of_a_heat_map() -> None:
@@ -80,8 +81,7 @@ def test_equal_scores_have_the_middle_shade_of_a_heat_map() -> None:
     table = tables.trials({"choices.method": METHODS, "choices.quant": QUANTS})
     for score in [str(c) for c in table if str(c).startswith("eval_info.task.") and str(c).endswith(".value")]:
         table[score] = 0.5
-    figure: Any = dict(plot.figures(table, tables.steps(table)))["heatmap_task"]
-    [image] = figure.findobj(AxesImage)
+    [image] = figure("heatmap_task", table).findobj(AxesImage)
     assert image.norm(0.5) == 0.5  # 0 is the shade of the worst score, 1 that of the best
 
 
@@ -109,7 +109,7 @@ def test_no_legend_and_no_mark_is_cut_off_or_covered(factors: dict[str, list[Any
     count = math.prod(map(len, factors.values()))
     table = tables.trials(factors, statuses={n: ("refused", "failed", "oom")[n % 3] for n in range(0, count, 7)})
     with_marks = ("rank_task", "frontier_task", "modules_task", "quantisation_task", "learning_curves")
-    drawn = {name: found for name, found in plot.figures(table, tables.steps(table)) if name in with_marks}
+    drawn = {name: found for name in with_marks if (found := figure(name, table)) is not None}
     assert len(drawn) >= 3
     for name, found in drawn.items():
         found.draw_without_rendering()
@@ -283,7 +283,7 @@ def test_overheads_of_few_runs_are_drawn_without_an_interval() -> None:
     table = tables.trials({"config.method.r": [8, 16]}, generated=True)
     bounds = [c for c in table.columns if c.endswith(("overhead.low", "overhead.high"))]
     table[bounds] = None
-    assert "latency" in dict(plot.figures(table, tables.steps(table)))
+    assert figure("latency", table) is not None
 
 
 def test_shares_stand_on_a_linear_axis_however_far_their_intervals_reach(recwarn: pytest.WarningsRecorder) -> None:

@@ -50,8 +50,8 @@ def trial(number: int, correct: int | None, seed: int = 0, **settings: Any) -> d
     return row | settings
 
 
-def written(folder: Path, *rows: dict[str, Any], steps: pd.DataFrame | None = None, plots: tuple[str, ...] = ()) -> str:
-    """The report of a study of these trials, the first of whose test rows are those that are right."""
+def table_of(folder: Path, *rows: dict[str, Any]) -> pd.DataFrame:
+    """The table of a study of these trials, the first of whose test rows are those that are right."""
     for row in rows:
         if row["run_info.status"] == "success" and not pd.isna(row.get("eval_info.task.accuracy.value")):
             right = round(row["eval_info.task.accuracy.value"] * ROWS)
@@ -59,8 +59,13 @@ def written(folder: Path, *rows: dict[str, Any], steps: pd.DataFrame | None = No
             file = folder / row["run_info.trial"] / "predictions" / "task.jsonl"
             file.parent.mkdir(parents=True, exist_ok=True)
             file.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    return pd.DataFrame(rows).convert_dtypes()
+
+
+def written(folder: Path, *rows: dict[str, Any], steps: pd.DataFrame | None = None, plots: tuple[str, ...] = ()) -> str:
+    """The report of a study of these trials, see ``table_of``."""
+    table = table_of(folder, *rows)
     files = [folder / "plots" / f"{name}.png" for name in plots]
-    table = pd.DataFrame(rows).convert_dtypes()
     logged = pd.DataFrame() if steps is None else steps
     file, _ = report.write(folder, table, logged, files, predictions(folder))
     return file.read_text()

@@ -20,7 +20,7 @@ from peftsweep.config import build, fill, identity
 from peftsweep.config.compose import Trial
 from peftsweep.data import fingerprint, hub
 from peftsweep.evaluation import metrics
-from peftsweep.forecast import forecast
+from peftsweep.forecast import forecast, keys
 from peftsweep.models import model
 from peftsweep.schema import ModelConfig
 from peftsweep.study import record, store
@@ -660,6 +660,49 @@ def test_what_a_checkpoint_lacks_follows_its_files(folder: Path) -> None:
     rewrite(folder / "config.json", lambda settings: settings.update(tie_word_embeddings=False))
     with pytest.raises(InputError, match=r"lm_head\.weight, model\.norm\.weight$"):
         model.check_weights(config)
+
+
+@pytest.mark.parametrize(
+    ("words", "alike"),
+    [
+        (["train.steps=7", "train.batch_size=2", "quant=4bit", "eval.perplexity.samples=3", "seed=1"], True),
+        (["method.r=3"], False),
+        (["targets=qv"], False),
+        (["train.optimizer=SGD"], False),
+        (["train.autocast_adapter_dtype=false"], False),
+        (["model.dtype=bfloat16"], False),
+    ],
+)
+def test_sizes_are_shared_by_trials_that_train_the_same_parameters(
+    words: list[str], alike: bool, compose: Compose, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("_FORECASTS", "_SIZES"):
+        monkeypatch.setattr(forecast, name, {})
+    attached, real = list[str](), forecast.on_skeleton
+
+    def counted(trial: Trial, *others: Any) -> Any:
+        attached.append(trial.identity)
+        return real(trial, *others)
+
+    monkeypatch.setattr(forecast, "on_skeleton", counted)
+    first, second = (forecast.check(compose(*QUICK, *more)) for more in ([], words))
+    assert len(attached) == (1 if alike else 2)
+    assert (second.attached == first.attached) or not alike
+
+
+def test_sizes_of_a_method_that_plans_its_ranks_count_the_steps(compose: Compose) -> None:
+    words = [*QUICK, "method=adalora"]
+    assert keys.sizes_key(compose(*words, "train.steps=20")) != keys.sizes_key(compose(*words, "train.steps=30"))
+    assert keys.sizes_key(compose(*QUICK, "train.steps=20")) == keys.sizes_key(compose(*QUICK, "train.steps=30"))
+
+
+def test_the_configuration_of_a_local_model_is_read_again_when_its_text_changes(folder: Path) -> None:
+    config = ModelConfig(name_or_path=f"{folder}")
+    before = model.architecture(config)
+    before.num_hidden_layers = 99  # by who got it: the next one is as the file says
+    assert model.architecture(config).num_hidden_layers == 4
+    rewrite(folder / "config.json", lambda settings: settings.update(num_hidden_layers=3))
+    assert model.architecture(config).num_hidden_layers == 3
 
 
 def test_a_kept_base_and_a_pack_follow_the_model_s_files(

@@ -42,7 +42,7 @@ def apart(trials: Sequence[Trial]) -> list[tuple[Any, ...]]:
 def test_a_plan_is_the_same_whatever_was_planned_before(
     methods: list[str], quant: str, compose: Callable[..., Trial]
 ) -> None:
-    for cache in (forecast._FORECASTS, forecast._PREDICTIONS, forecast._ROOMS):
+    for cache in (forecast._FORECASTS, forecast._SIZES, forecast._PREDICTIONS, forecast._ROOMS):
         cache.clear()  # of other tests
     trials = [compose(f"method={method}", f"quant={quant}", "eval=[perplexity]") for method in methods]
     before, after = apart(trials), apart(trials[::-1])[::-1]  # each pair of methods in both orders
@@ -54,13 +54,14 @@ def test_a_plan_is_the_same_whatever_was_planned_before(
 @pytest.fixture
 def sizes(compose: Callable[..., Trial], monkeypatch: pytest.MonkeyPatch) -> list[Trial]:
     """Three trials of two sizes, one of which is refused, that nothing is known of, on a host with two cores."""
-    for name in ("_FORECASTS", "_PREDICTIONS", "_SHAPES", "_ROOMS"):
+    for name in ("_FORECASTS", "_SIZES", "_PREDICTIONS", "_SHAPES", "_ROOMS"):
         monkeypatch.setattr(forecast, name, {})
     known = tuple(getattr(forecast, name) for name in ("_FORECASTS", "_PREDICTIONS", "_SHAPES", "_ROOMS"))
     monkeypatch.setattr(forecast, "CACHES", known)
     monkeypatch.setattr(forecast, "MANY", 2)
     monkeypatch.setattr(os, "sched_getaffinity", lambda _: {0, 1})
-    words = [["method.r=2"], ["method=full", "quant=4bit"], ["method.r=2", "seed=1", "train.learning_rate=1e-5"]]
+    small = ["method.r=2", "targets=q"]
+    words = [small, ["method=full", "quant=4bit"], [*small, "seed=1", "train.learning_rate=1e-5"]]
     return [compose("eval=[perplexity]", *one) for one in words]
 
 

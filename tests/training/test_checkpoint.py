@@ -41,7 +41,7 @@ Run = Callable[..., Result]
 
 CPU = torch.device("cpu")
 COST = ("seconds", "tokens_per_second", "epoch_seconds", "epoch_tokens_per_second", "epoch_memory_peak")
-BASE = ("train.steps=8", "train.batch_size=8", "train.log_every=1", "train.learning_rate=4e-3")
+BASE = ("train.steps=8", "train.batch_size=4", "train.log_every=1", "train.learning_rate=4e-3")
 WAYS = {
     "dropout": ["method.lora_dropout=0.1"],
     "an adapter on 4 bits": ["quant=4bit"],
@@ -86,7 +86,7 @@ class Cut(Exception):
 
 @pytest.fixture(scope="module")
 def rows() -> list[tokens.Tokens]:
-    examples = templates.examples(task.rows("train", 40), "{question} ", "{answer}")  # 5 batches of 8 an epoch
+    examples = templates.examples(task.rows("train", 20), "{question} ", "{answer}")  # 5 batches of 4 an epoch
     return tokens.tokenize(model.load_tokenizer(tiny()), examples, 128)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 import itertools
 import math
 import random
@@ -45,11 +46,18 @@ def rows() -> list[data_tokens.Tokens]:
 
 
 def adapted(target_modules: Any = ("q_proj", "v_proj", "down_proj"), **options: Any) -> Any:
+    base = copy.deepcopy(_base())
     torch.manual_seed(0)
     method = LoraConfig(r=4, target_modules=target_modules, **options)
+    return attach.attach(base, method, TargetsConfig(), {})
+
+
+@functools.cache
+def _base() -> Any:
+    """The base, loaded once and never changed."""
     base = model.load(TINY, None, CPU)
     probe.abilities(base)
-    return attach.attach(base, method, TargetsConfig(), {})
+    return base
 
 
 def run(
@@ -60,7 +68,7 @@ def run(
 ) -> tuple[Trained, list[dict[str, Any]], dict[str, torch.Tensor]]:
     trained = trained or adapted()
     lines: list[dict[str, Any]] = []
-    config = TrainConfig(**{"steps": 6, "batch_size": 8, "log_every": 1, "learning_rate": 4e-3} | options)
+    config = TrainConfig(**{"steps": 6, "batch_size": 4, "log_every": 1, "learning_rate": 4e-3} | options)
     done = loop.train(trained, rows, config, pad_id=0, seed=0, meter=Meter(CPU), log=lines.append, validate=validate)
     return done, lines, {name: p.detach().clone() for name, p in models_parts.trainable_parameters(trained)}
 
@@ -79,7 +87,7 @@ def test_the_loop_is_that_of_a_plain_torch_script(rows: list[data_tokens.Tokens]
     reference = adapted()
     parameters = [p for p in reference.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(parameters, lr=4e-3, weight_decay=0.0)
-    order = batches.batch_order([len(row.ids) for row in rows], 8, 0)
+    order = batches.batch_order([len(row.ids) for row in rows], 4, 0)
     reference.train()
     expected = []
     for step in range(6):
@@ -127,8 +135,8 @@ def test_two_runs_are_the_same_bit_for_bit(rows: list[data_tokens.Tokens]) -> No
 
 @pytest.mark.kernels
 def test_accumulation_changes_memory_and_not_results(rows: list[data_tokens.Tokens]) -> None:
-    some = rows[:27]  # of unlike lengths; an epoch ends with a step of 11 rows
-    whole, parts, single = (run(some, steps=4, batch_size=size, accumulation=16 // size) for size in (16, 4, 1))
+    some = rows[:11]  # of unlike lengths; an epoch ends with a step of 3 rows
+    whole, parts, single = (run(some, steps=4, batch_size=size, accumulation=8 // size) for size in (8, 2, 1))
     for other in (parts, single):
         assert losses(other[1]) == pytest.approx(losses(whole[1]), rel=1e-4)
         assert other[0].tokens == whole[0].tokens
@@ -285,7 +293,7 @@ def test_a_metric_that_no_validation_has_is_named_with_those_it_has(rows: list[d
 
 
 def test_tokens_and_padding_are_counted(rows: list[data_tokens.Tokens]) -> None:
-    done, lines, _ = run(rows, epochs=1, log_every=3)
+    done, lines, _ = run(rows, epochs=1, batch_size=8, log_every=3)
     assert done.tokens == sum(len(row.ids) for row in rows)
     assert (done.steps, done.epochs, len(done.step_seconds)) == (6, 1.0, 6)
     assert 0 <= done.padding_fraction < 0.2

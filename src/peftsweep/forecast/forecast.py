@@ -23,6 +23,7 @@ from peftsweep.config import build, checks, identity
 from peftsweep.config.compose import Trial
 from peftsweep.data.tokens import Tokens
 from peftsweep.errors import InputError
+from peftsweep.forecast.keys import RATES, forecast_keys, model_key, sizes_key
 from peftsweep.forecast.predict import Prediction, Shape, predict, shapes, skeleton
 from peftsweep.models import compatibility, coverage, parts, probe, saved
 from peftsweep.models import model as models_model
@@ -50,18 +51,16 @@ class Forecast:
     attached: str | None = None  # a hash of the names and shapes of the trained parameters
 
 
-# Keys of a configuration that change a forecast; the model counts by its content, not by its keys.
-KEYS = ("device", "adapter", "method", "method_inputs", "method_setup", "targets", "quant", "eval", "train")
 ALL_ELSE = (  # keys of a configuration that change numbers, without those that choose the adapted modules
     *("seed", "device", "model", "method", "method_inputs", "method_setup", "quant", "dataset", "eval", "train"),
     *("inference", "profiler", "adapter", "halving", "memory_limit", "skip_oversized", "force", "repeat"),
 )
 AIMS = ("target_modules", "target_parameters", "exclude_modules")  # keys of a method that choose its modules
-RATES = ("learning_rate", "learning_rate_scale", "schedule", "warmup", "weight_decay", "clip")  # do not change memory
 # Of base and adapter. Some methods begin with random numbers that the meta device lacks, some with the base's (SVD,
 # masks), of which any will do.
 PLACES = (("meta", "meta"), ("meta", "cpu"), ("cpu", "cpu"))
 _FORECASTS: dict[str, Forecast] = {}  # trials that differ only in seed or data share one
+_SIZES: dict[str, Forecast] = {}  # trials that differ in evaluations, quantisation or length of training share one
 _PREDICTIONS: dict[str, Prediction | None] = {}
 _SHAPES: dict[str, list[Shape]] = {}
 _ROOMS: dict[str, int] = {}  # by model, its files and the virtual tokens of the method
@@ -86,13 +85,7 @@ def check(trial: Trial) -> Forecast:
 
 
 def _forecast_key(trial: Trial) -> str:
-    return identity.content_hash([*model_key(trial), _forecast_keys(trial)])
-
-
-def _forecast_keys(trial: Trial) -> dict[str, Any]:
-    """The keys of the configuration that change a forecast, without the model."""
-    train = {key: value for key, value in trial.tree["train"].items() if key not in RATES}
-    return {key: trial.tree[key] for key in KEYS} | {"train": train}
+    return identity.content_hash([*model_key(trial), forecast_keys(trial)])
 
 
 def ahead(
@@ -171,12 +164,6 @@ def _with_keys(trial: Trial, message: str) -> str:
     return " ".join(named) + message.removeprefix(str(section)) if named else message
 
 
-def model_key(trial: Trial) -> list[Any]:
-    """The part of a forecast's cache key for the model: its files, its roles, the classes of its head."""
-    model = trial.config.model
-    return [identity.model_identity(model), model.roles, trial.config.dataset.classes]
-
-
 def _forecast(trial: Trial) -> Forecast:
     config = trial.config
     models_model.device(config.device)
@@ -186,7 +173,11 @@ def _forecast(trial: Trial) -> Forecast:
         if reason := refusal(trial):
             bare = models_model.skeleton(config.model, classes=len(config.dataset.classes))
             return Forecast(0, parts.count(bare).total, 0, reason)
-        foreseen = on_skeleton(trial, None, lambda adapted: _sizes(adapted, config.train)) or Forecast()
+        key = sizes_key(trial)
+        foreseen = _SIZES.get(key) or on_skeleton(trial, None, lambda adapted: _sizes(adapted, config.train))
+        if foreseen is None:
+            return Forecast()
+        _SIZES[key] = foreseen
         return dataclasses.replace(foreseen, coverage=foreseen.coverage and foreseen.coverage + _stored(trial))
 
 
@@ -348,7 +339,7 @@ def _where(config: Config) -> str:
 def _key(where: str, batches: Sequence[Shape], trials: Sequence[Trial]) -> str:
     """The cache key of a prediction, from all that changes it."""
     parts: list[Any] = [where, [dataclasses.asdict(shape) for shape in batches]]
-    parts += [[*model_key(trial), _forecast_keys(trial)] for trial in trials]
+    parts += [[*model_key(trial), forecast_keys(trial)] for trial in trials]
     return identity.content_hash(parts)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 import math
 import pickle
 import re
@@ -49,17 +50,13 @@ ROTARY = ("rope_theta", "rope_scaling", "partial_rotary_factor")  # transformers
 POSITIONS = ("max_position_embeddings", "n_positions", "max_seq_len")  # names of the longest sequence
 TOO_LONG = "sequence-length-is-longer-than-the-specified-maximum"  # a warning of transformers' tokenizers
 OWN_CODE = {"trust_remote_code": False}  # without it transformers asks on the terminal whether to run a model's code
-WITH_ADAPTER = (  # transformers would load it into the base
-    "holds an adapter beside the model (adapter_config.json); move it, adapter.path=FOLDER evaluates it"
-)
+# transformers would load the adapter into the base
+WITH_ADAPTER = "holds an adapter beside the model (adapter_config.json); move it, adapter.path=FOLDER evaluates it"
 NATIVE = "must be an architecture of transformers"
 BROKEN_WEIGHTS = (OSError, EOFError, SafetensorError, pickle.UnpicklingError)  # errors of reading a file of weights
 # Keys of quantization configs for modules that are not quantised.
 SKIPPED = ("llm_int8_skip_modules", "modules_to_not_convert", "skip_modules")
-CLASSES: dict[Task, Any] = {
-    Task.causal_lm: AutoModelForCausalLM,
-    Task.seq_cls: AutoModelForSequenceClassification,
-}
+CLASSES: dict[Task, Any] = {Task.causal_lm: AutoModelForCausalLM, Task.seq_cls: AutoModelForSequenceClassification}
 
 
 def source(model: ModelConfig) -> str:
@@ -112,7 +109,9 @@ def architecture(model: ModelConfig) -> transformers.PreTrainedConfig:
     if model.init is Init.random:
         raise InputError("model.init=random needs model.architecture (model_type and sizes), as the presets have")
     with _loading(model):
-        found = AutoConfig.from_pretrained(source(model), revision=_revision(model), **OWN_CODE)
+        file = Path(source(model), "config.json")
+        read = _pickled if file.is_file() else _pickled.__wrapped__  # the hub's may change between two calls
+        found = pickle.loads(read(source(model), _revision(model), file.read_bytes() if file.is_file() else b""))
     if model.task is Task.causal_lm and getattr(found, "is_encoder_decoder", False):
         raise InputError(
             f"model.name_or_path={model.name_or_path}: is an encoder with a decoder (model_type {found.model_type}), "
@@ -121,6 +120,12 @@ def architecture(model: ModelConfig) -> transformers.PreTrainedConfig:
     for config in (found, text_config(found)):  # what its author's calls were to return is no part of the model
         config.return_dict, config.output_hidden_states, config.output_attentions = True, False, False
     return cast(transformers.PreTrainedConfig, found)
+
+
+@functools.lru_cache(maxsize=64)
+def _pickled(place: str, revision: str, text: bytes) -> bytes:
+    """A checkpoint's configuration, read by transformers again when ``text``, its config.json, has changed."""
+    return pickle.dumps(AutoConfig.from_pretrained(place, revision=revision, **OWN_CODE))
 
 
 def _revision(model: ModelConfig) -> str:

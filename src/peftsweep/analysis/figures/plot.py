@@ -142,6 +142,16 @@ def figures(
 
 
 def _task_figures(task: Task, steps: pd.DataFrame, title: str) -> Iterator[tuple[str, Any]]:
+    for name, draw in drawings(task, steps, title):
+        if (figure := draw()) is not None:
+            yield name, figure
+
+
+def drawings(task: Task, steps: pd.DataFrame, title: str = "") -> Iterator[tuple[str, Callable[[], Any]]]:
+    """The name of every figure of a task, and the function that draws it, which gives None if there is nothing to show.
+
+    ``steps`` are those of the task's trials; ``title`` is its name, if the study has others.
+    """
     merged = _configurations(task, title)
     by_score: dict[str, Callable[[pd.DataFrame, str], Any]] = {
         "rank": rank,
@@ -152,8 +162,7 @@ def _task_figures(task: Task, steps: pd.DataFrame, title: str) -> Iterator[tuple
     }
     for score in task.scores[:EVALUATIONS]:
         for name, make in by_score.items():
-            if (figure := make(merged, score)) is not None:
-                yield f"{name}_{columns.evaluation(score)[0]}", figure
+            yield f"{name}_{columns.evaluation(score)[0]}", functools.partial(make, merged, score)
     of_all: dict[str, Callable[[pd.DataFrame], Any]] = {
         "training_time": functools.partial(bars, cost=columns.TRAINING_TIME),
         "adapter_size": functools.partial(bars, cost=columns.ADAPTER),
@@ -163,14 +172,11 @@ def _task_figures(task: Task, steps: pd.DataFrame, title: str) -> Iterator[tuple
         "memory_predicted": memory_predicted,
     }
     for name, plain in of_all.items():
-        if (figure := plain(merged)) is not None:
-            yield name, figure
+        yield name, functools.partial(plain, merged)
     table = task.table.copy()
     table.attrs["task"] = title
-    if (figure := learning_curves(table, steps, task.labels)) is not None:
-        yield "learning_curves", figure
-    if (figure := kept(table)) is not None:
-        yield "retention", figure
+    yield "learning_curves", functools.partial(learning_curves, table, steps, task.labels)
+    yield "retention", functools.partial(kept, table)
 
 
 def _configurations(task: Task, title: str) -> pd.DataFrame:

@@ -9,8 +9,10 @@ import pandas as pd
 from numpy.typing import NDArray
 
 from peftsweep.analysis.statistics.measured import Measured, measure
-from peftsweep.analysis.statistics.trials import Floats, Predictions
+from peftsweep.analysis.statistics.trials import Floats, Predictions, as_floats
 from peftsweep.analysis.table.columns import direction
+
+PAIRS = 2_000_000  # of rows in all draws, which are compared at once; of more, each draw takes its own way
 
 
 def front(values: Floats) -> NDArray[np.bool_]:
@@ -25,6 +27,19 @@ def front(values: Floats) -> NDArray[np.bool_]:
         rest = values[left]
         left = left[(rest < best).any(axis=1) | ((rest == best).all(axis=1) & (left != left[0]))]
     return found
+
+
+def _times_on_front(drawn: Floats) -> Floats:
+    """In how many of the draws ``drawn`` [draws, k, metrics] each row is on the front; smaller values are better."""
+    draws, rows, metrics = drawn.shape
+    if draws * rows**2 > PAIRS or not np.isfinite(drawn).all():
+        return as_floats(np.sum([front(one) for one in drawn], axis=0))
+    no_worse, better = np.ones((draws, rows, rows), dtype=bool), np.zeros((draws, rows, rows), dtype=bool)
+    for metric in range(metrics):  # each row against each other one, in all draws at once
+        mine, other = drawn[:, :, None, metric], drawn[:, None, :, metric]
+        no_worse &= mine <= other
+        better |= mine < other
+    return as_floats((~(no_worse & better).any(axis=1)).sum(axis=0))
 
 
 def pareto(
@@ -60,7 +75,7 @@ def pareto(
     if not shared:
         return pd.DataFrame(columns=[*columns, "front", "share"])
     values = {m.column: m.back((-direction(m.column) * x,))[0] for m, x in zip(measured, found, strict=True)}
-    times = np.sum([front(np.stack([d[n] for d in drawn], axis=1)) for n in range(draws)], axis=0)
+    times = _times_on_front(np.stack(drawn, axis=2))
     alike = np.isin(measured[0].numbers, shared)
     share = times / draws if measured[0].varies[alike].all() else np.full(len(shared), np.nan)
     parts = {**values, "front": front(np.stack(found, axis=1)), "share": share}

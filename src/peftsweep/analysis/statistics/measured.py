@@ -289,10 +289,13 @@ def measure(
     """``column`` of every configuration, or of ``only`` those, in which a successful trial has it."""
     numbers, stem = identify(table), column.removesuffix("value")
     table = table[[c for c in (SUCCESS, CREATED, TRIAL, SEED, column, f"{stem}stderr", f"{stem}n") if c in table]]
-    there = table[SUCCESS].eq(Status.success.name) & np.isfinite(table[column].astype("float64"))
+    there = table[SUCCESS].eq(Status.success.name).to_numpy(dtype=bool, na_value=False)
+    there = there & np.isfinite(table[column].to_numpy(dtype=np.float64, na_value=np.nan))
     if only is not None:
-        there &= numbers.isin(only)
-    trials = one_a_seed(table[there], numbers[there])
+        there = there & np.isin(numbers.to_numpy(dtype=np.int64), only)
+    if not there.all():  # else nothing need be copied
+        table, numbers = table[there], numbers[there]
+    trials = one_a_seed(table, numbers)
     values = trials[column].astype("float64")
     ratio = is_ratio(column, values)
     stderr = trials[f"{stem}stderr"].astype("float64") if f"{stem}stderr" in trials else values * np.nan
@@ -306,8 +309,7 @@ def measure(
         values, stderr = values.transform("log"), stderr / values
     groups = values.groupby(trials["configuration"])
     seeds = groups.count()
-    place_of = {n: place for place, n in enumerate(seeds.index)}
-    places = np.asarray(trials["configuration"].map(place_of), dtype=np.int64)
+    places = np.searchsorted(seeds.index.to_numpy(dtype=np.int64), trials["configuration"].to_numpy(dtype=np.int64))
     counts = np.asarray(seeds, dtype=np.int64)
     between = as_floats(groups.var())
     counted = f"{stem}n" in trials and trials[f"{stem}n"].nunique() > 1

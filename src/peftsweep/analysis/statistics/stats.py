@@ -85,8 +85,11 @@ def configurations(table: pd.DataFrame, predictions: Predictions | None = None) 
             best = np.argsort(-(direction(column) or 1) * rough.means, kind="stable")[:MAX_COMPARED]
             intervals.append(measure(table, column, predictions, rough.numbers[best]).intervals())
         for part in ("low", "high", "interval"):
-            for found_interval in intervals:
-                whole.loc[found_interval.index, f"{column}.{part}"] = found_interval[part]
+            name = f"{column}.{part}"
+            ends = whole[name].copy() if name in whole else pd.Series(np.nan, whole.index, dtype=object)
+            for found_interval in (one for one in intervals if len(one)):
+                ends.loc[found_interval.index] = found_interval[part]
+            whole[name] = ends  # in the wide table each assignment by rows takes long
     return whole
 
 

@@ -107,9 +107,11 @@ def one_a_seed(table: pd.DataFrame, numbers: pd.Series[int]) -> pd.DataFrame:
     if "configuration" in table:
         table = table.drop(columns="configuration")
     seed = table[SEED] if SEED in table else pd.Series(0, index=table.index)
-    keys = [numbers.rename("configuration"), seed.rename("seed")]
-    if not pd.concat(keys, axis=1).duplicated().any():
+    codes = pd.factorize(seed)[0] + 1  # of a missing seed 0
+    pairs = numbers.to_numpy(dtype=np.int64) * (codes.max(initial=0) + 1) + codes
+    if len(np.unique(pairs)) == len(pairs):
         return table.assign(configuration=numbers)
+    keys = [numbers.rename("configuration"), seed.rename("seed")]
     columns = [c for c in (SUCCESS, CREATED) if c in table]
     order = table[columns].assign(good=table[SUCCESS].eq(Status.success.name)).sort_values(["good", *columns[1:]]).index
     kept = table.loc[order].groupby([key.loc[order] for key in keys], sort=False, dropna=False).last().copy()

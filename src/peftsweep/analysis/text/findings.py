@@ -191,7 +191,7 @@ def _against_baselines(task: Task, score: str) -> Iterator[str]:
     seen = facts.get("seen_in_training", math.nan)
     if words.known(seen) and seen > 0:
         yield f"**{seen:.0f} test rows of {name} were trained on**; the score may be too high."
-    similar = row.get(f"eval_info.{name}.similar_in_training", math.nan)
+    similar = facts.get("similar_in_training", math.nan)
     if words.known(similar) and similar > 0:
         yield (
             f"**{similar:.0f} test rows of {name} differ from rows trained on in white space or capitals alone**; the "
