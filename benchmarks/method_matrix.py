@@ -120,7 +120,9 @@ def print_differences(page: Path, seconds: float, words: Sequence[str]) -> int:
             continue
         failed += now == "failed" and before != now
         reason = row.get("run_info.error.message")
-        print(f"{method} {quant}: {now}, on the page {before}" + (f": {reason}" if pd.notna(reason) else ""), flush=True)
+        print(
+            f"{method} {quant}: {now}, on the page {before}" + (f": {reason}" if pd.notna(reason) else ""), flush=True
+        )
     print(f"{len(table)} trials", flush=True)
     return int(failed > 0)
 

@@ -87,21 +87,23 @@ def test_cells_of_the_matrix_that_are_others_here_are_named(
     scratch: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     def row(method: str, quant: str, status: str = "success", loss: float = 1.8, message: str | None = None) -> Any:
-        facts = {"choices.method": method, "choices.quant": quant, "run_info.status": status}
-        facts |= {
-            "eval_info.perplexity.loss.value": loss,
-            "train_info.final_loss": loss,
+        return {
+            **{"choices.method": method, "choices.quant": quant, "run_info.status": status},
+            **{"eval_info.perplexity.loss.value": loss, "train_info.final_loss": loss},
+            **{"train_info.reloads": True, "train_info.merges": True, "train_info.merge_difference": 1e-6},
             "run_info.error.message": message,
         }
-        return facts | {"train_info.reloads": True, "train_info.merges": True, "train_info.merge_difference": 1e-6}
 
     rows = [row("lora", "none", loss=1.85), row("lora", "4bit", loss=2.5), row("lora", "8bit", "cancelled")]
-    rows += [
-        row("dora", "8bit", "refused", message="not on an 8-bit base: no"),
-        row("dora", "4bit", "failed", message="x"),
-    ]
+    rows += [row("dora", "8bit", "refused", message="not on an 8-bit base: no")]
+    rows += [row("dora", "4bit", "failed", message="x")]
     asked = list[Any]()
-    monkeypatch.setattr(method_matrix, "run", lambda *given: asked.append(given) or pd.DataFrame(rows))
+
+    def run(words: tuple[str, ...], seconds: float) -> pd.DataFrame:
+        asked.append((words, seconds))
+        return pd.DataFrame(rows)
+
+    monkeypatch.setattr(method_matrix, "run", run)
     (scratch / "methods.md").write_text(PAGE)
     assert method_matrix.print_differences(scratch / "methods.md", 9.0, ["quant=none,4bit", "seed=1"]) == 1
     assert capsys.readouterr().out.splitlines() == [
