@@ -119,7 +119,10 @@ def print_differences(page: Path, seconds: float, words: Sequence[str]) -> int:
         if outcome_of(now) == outcome_of(before) and abs(loss_of(now) - loss_of(before)) <= 0.1 * loss_of(before):
             continue
         failed += now == "failed" and before != now
-        print(f"{method} {quant}: {now}, on the page {before}: {row.get('run_info.error.message')}", flush=True)
+        reason = row.get("run_info.error.message")
+        print(
+            f"{method} {quant}: {now}, on the page {before}" + (f": {reason}" if pd.notna(reason) else ""), flush=True
+        )
     print(f"{len(table)} trials", flush=True)
     return int(failed > 0)
 

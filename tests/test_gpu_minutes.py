@@ -6,9 +6,11 @@ import json
 import shlex
 import sys
 from pathlib import Path
+from typing import Any
 
+import pandas as pd
 import pytest
-from benchmarks import gpu
+from benchmarks import gpu, method_matrix
 from benchmarks.gpu import Step
 
 TOP = Path(__file__).parents[1]
@@ -72,3 +74,43 @@ def test_a_step_that_there_is_not_is_named(monkeypatch: pytest.MonkeyPatch, caps
     with pytest.raises(SystemExit, match="2"):
         gpu.main()
     assert "no step pax; there are doctor, " in capsys.readouterr().err
+
+
+PAGE = """| method | what it is | trainable | none | 8bit | 4bit | seq-cls |
+|---|---|--:|--:|--:|--:|--:|
+| lora | LoRA | 81,920 | 1.80 RM | 1.80 Rm | 1.79 RM | 0.69 RM |
+| dora | DoRA | 87,552 | 1.41 RM | refused (8) | 1.37 RM | 0.69 RM |
+"""
+
+
+def test_cells_of_the_matrix_that_are_others_here_are_named(
+    scratch: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def row(method: str, quant: str, status: str = "success", loss: float = 1.8, message: str | None = None) -> Any:
+        return {
+            **{"choices.method": method, "choices.quant": quant, "run_info.status": status},
+            **{"eval_info.perplexity.loss.value": loss, "train_info.final_loss": loss},
+            **{"train_info.reloads": True, "train_info.merges": True, "train_info.merge_difference": 1e-6},
+            "run_info.error.message": message,
+        }
+
+    rows = [row("lora", "none", loss=1.85), row("lora", "4bit", loss=2.5), row("lora", "8bit", "cancelled")]
+    rows += [row("dora", "8bit", "refused", message="not on an 8-bit base: no")]
+    rows += [row("dora", "4bit", "failed", message="x")]
+    asked = list[Any]()
+
+    def run(words: tuple[str, ...], seconds: float) -> pd.DataFrame:
+        asked.append((words, seconds))
+        return pd.DataFrame(rows)
+
+    monkeypatch.setattr(method_matrix, "run", run)
+    (scratch / "methods.md").write_text(PAGE)
+    assert method_matrix.print_differences(scratch / "methods.md", 9.0, ["quant=none,4bit", "seed=1"]) == 1
+    assert capsys.readouterr().out.splitlines() == [
+        "lora 4bit: 2.50 RM, on the page 1.79 RM",
+        "dora 4bit: failed, on the page 1.37 RM: x",
+        "5 trials",
+    ]
+    ((words, seconds),) = asked
+    assert seconds == 9.0
+    assert [word for word in words if word.startswith(("quant", "seed"))] == ["quant=none,4bit", "seed=1"]

@@ -48,7 +48,8 @@ def test_a_trial_records_what_was_predicted_and_what_it_took(run_small: RunSmall
     assert 4 * linear * info["tokens"] * 0.8 < info["flops"] < 4 * 3 * linear * info["tokens"]
     assert info["mfu"] == pytest.approx(info["flops"] / 1e10 / info["train_seconds"])  # of 1e10 FLOPs a second
     known_of_it = history.of([found], known.key)
-    assert known_of_it.steps == {about["shape"]: [info["train_seconds"] / info["steps"]]}
+    each = info["train_seconds"] / info["steps"]
+    assert known_of_it.steps == {about["shape"]: [history.Steps(info["train_seconds"], info["steps"], each)]}
     assert set(known_of_it.ratios) >= {"load", "train", "save"}
 
 

@@ -247,7 +247,11 @@ def test_a_deadline_goes_by_what_was_predicted_and_by_how_far_that_was_off(compo
 
 @pytest.fixture
 def device(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> speed.Device:
-    """One on which nothing need be measured: each operation takes its roofline."""
+    """One on which nothing need be measured: each operation takes its roofline.
+
+    No time for traces was used yet: on a slow host earlier tests may have used it all.
+    """
+    monkeypatch.setattr(work, "_SPENT", [0.0])
     found = speed.Speed({"float32": 1e10, "bfloat16": 2e10}, 1e9, 1e-6, lap_seconds=1e-3)
     monkeypatch.setattr(speed.Meter, "laps", lambda self, seconds: [1e-3] * 4)
     monkeypatch.setattr(speed, "measure", lambda meter: found)
