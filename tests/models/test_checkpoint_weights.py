@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from peft import PrefixTuningConfig
+from peft import LoraConfig, PrefixTuningConfig
 from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForMaskedLM, AutoModelForSequenceClassification
 
@@ -250,3 +250,27 @@ def test_packages_that_write_wrong_texts_with_virtual_tokens_are_refused(
         tokenizer = model.load_tokenizer(ModelConfig(name_or_path="tiny"))
         with pytest.raises(InputError, match=message):
             decoding.generate(adapted, tokenizer, ["a"], max_new_tokens=2)
+
+
+# ---- tokenizers and adapters -------------------------------------------------------------------------
+
+
+def test_a_length_of_a_tokenizer_that_is_no_number_is_one_line(compose: Compose, tmp_path: Path) -> None:
+    folder = write("llama", tmp_path / "llama")
+    file = folder / "tokenizer_config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"model_max_length": "8"}))
+    with pytest.raises(
+        InputError, match=r"llama: model_max_length='8' in its tokenizer_config\.json: must be a number"
+    ):
+        forecast.check(compose("model=causal_lm", f"model.name_or_path={folder}"))
+
+
+def test_an_adapter_of_other_shapes_is_one_line(tmp_path: Path) -> None:
+    adapted: Any = attach.attach(make("llama"), LoraConfig(r=2), TargetsConfig(modules=["q_proj"]), {})
+    saved.save(adapted, tmp_path)
+    file = tmp_path / "adapter_config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"r": 4}))
+    message = r"^adapter .*another adapter_config\.json: \S*q_proj\.lora_\S+ has the shape \[\S.*\] in the file, and \["
+    with pytest.raises(InputError, match=message) as error:
+        saved.restore(make("llama"), tmp_path)
+    assert "\n" not in str(error.value)

@@ -174,3 +174,12 @@ def test_a_classifier_answers_in_a_batch_as_it_does_alone(kind: str, pads: bool)
     assert torch.allclose(torch.tensor(scores), alone.log_softmax(-1), atol=1e-5)
     losses = models_losses.answer_losses(base, batches.collate(rows, 0))
     assert torch.allclose(losses, -alone.log_softmax(-1)[:, 1], atol=1e-5)
+
+
+def test_a_classifier_that_cannot_read_what_its_tokenizer_gives_is_one_line() -> None:
+    """BART's head reads the last end mark of a row, and the embedded tokenizer adds none."""
+    torch.manual_seed(0)
+    base: Any = AutoModelForSequenceClassification.from_config(small_config("bart")).eval()
+    tokenizer = model.load_tokenizer(ModelConfig(name_or_path="tiny"))
+    with pytest.raises(InputError, match=r"^model: BartForSequenceClassification cannot read the rows .*<eos> token"):
+        probe.classifier_pads(base, tokenizer)

@@ -97,12 +97,15 @@ class Allocator(TorchDispatchMode):
         return result
 
     def _accumulates(self, gradient: Any, more: Any) -> bool:
-        """Whether this adds up gradients, which autograd does in place without a dispatch mode (input_buffer.cpp)."""
+        """Whether this adds up gradients, which autograd does in place without a dispatch mode (input_buffer.cpp).
+
+        Not into a view, such as the gradient of a layer's input in rows of tokens: it holds the tensor that it views.
+        """
         if not isinstance(gradient, torch.Tensor):
             return False  # a number, as where a loss is weighed
         whole = gradient.untyped_storage().nbytes() == gradient.numel() * gradient.element_size()
         alike = isinstance(more, torch.Tensor) and gradient.shape == more.shape  # ``more`` may be a number
-        return self.in_backward and not torch.is_grad_enabled() and whole and alike
+        return self.in_backward and not torch.is_grad_enabled() and whole and alike and not gradient._is_view()
 
     def _without_numbers(self, func: Any, args: Any, kwargs: Any) -> Any:
         """The result of an operation whose shape depends on numbers, so that the meta device lacks it; else None."""

@@ -320,6 +320,8 @@ def load_tokenizer(model: ModelConfig, virtual_tokens: int = 0) -> PreTrainedTok
     if hasattr(found, "deprecation_warnings"):  # rows are cut, and the cuts counted, after they are in tokens
         found.deprecation_warnings[TOO_LONG] = True
     limit = positions(model)
+    if not isinstance(longest := tokenizer.model_max_length, int | float):
+        raise InputError(f"{key}: model_max_length={longest!r} in its tokenizer_config.json: must be a number")
     if model.init is Init.random:
         tokenizer.model_max_length = limit or tokenizer.model_max_length
     if limit is not None:

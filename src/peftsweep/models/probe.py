@@ -21,7 +21,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from peftsweep.data.batches import Batch, collate
 from peftsweep.data.tokens import Tokens
-from peftsweep.errors import InputError
+from peftsweep.errors import InputError, first_line
 from peftsweep.models import shortcuts
 from peftsweep.models.losses import READS_PADDING, answer_losses, class_logits
 from peftsweep.models.parts import base_of, text_config, text_part
@@ -130,12 +130,19 @@ def classifier_pads(base: Any, tokenizer: PreTrainedTokenizerBase) -> bool:
 
     Convolutions, Fourier transforms, landmarks and pooling of neighbouring tokens take padding for text, and a head may
     take the last position for that of the last token. ``class_logits`` then gives ``base`` no padding.
+
+    Raises:
+        InputError: the classifier cannot read what the tokenizer gives.
     """
     ids = [tokenizer(text, truncation=True, max_length=LONGEST_TEXT).input_ids for text in TEXTS]
     rows, pad_id = [Tokens(row, len(row), label=0) for row in ids], int(cast(int, tokenizer.pad_token_id))
     setattr(base, READS_PADDING, False)
     with _rows_rounded_alone(base):
-        alone = torch.cat([class_logits(base, collate([row], pad_id).to(base.device)) for row in rows])
+        try:
+            alone = torch.cat([class_logits(base, collate([row], pad_id).to(base.device)) for row in rows])
+        except ValueError as error:  # such as of BART, whose head reads the end mark, where the tokenizer adds none
+            kind = type(base).__name__
+            raise InputError(f"model: {kind} cannot read the rows of its tokenizer ({first_line(error)})") from error
         together = class_logits(base, collate(rows, pad_id).to(base.device))
     pads = bool((together - alone).norm() <= _Reader(base).tolerance * alone.norm())
     setattr(base, READS_PADDING, not pads)

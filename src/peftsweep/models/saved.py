@@ -202,14 +202,23 @@ def restore(
 
 def _with_adapter(base: PreTrainedModel, folder: Path, **options: Any) -> PeftModel:
     """``PeftModel.from_pretrained``, with an InputError for missing and unexpected weights, which PEFT ignores."""
+    other = f"it belongs to another model than {type(base).__name__}"
     with _load_results() as results, names_as_written() if _written_now(folder) else nullcontext():
         where = str(base.device)  # PEFT would use the first GPU
-        adapted = PeftModel.from_pretrained(base, str(folder), torch_device=where, **options)
+        try:
+            adapted = PeftModel.from_pretrained(base, str(folder), torch_device=where, **options)
+        except RuntimeError as error:
+            shapes = re.search(r"size mismatch for (\S+): .*?Size\((.*?)\).*?Size\((.*?)\)", str(error))
+            if shapes is None:
+                raise
+            raise InputError(
+                f"adapter {folder}: {other}, or to another adapter_config.json: {shapes[1]} has the shape {shapes[2]} "
+                f"in the file, and {shapes[3]} in the model"
+            ) from error
     missing = [key for result in results for key in result.missing_keys if not any(name in key for name in SHARED)]
     unknown = [key for result in results for key in result.unexpected_keys if "." in key]  # keys of prompts have no dot
     for what, keys in (("the model has no such weights:", unknown), ("the file lacks", missing)):
         if keys:
-            other = f"it belongs to another model than {type(base).__name__}"
             raise InputError(f"adapter {folder}: {other}: {what} {some(keys)}")
     return adapted
 
