@@ -208,6 +208,7 @@ def test_the_harness_says_how_many_rows_a_group_has_and_which_direction_is_bette
     """It was of 0 rows, by which the interval of its score was 12.7 standard errors wide each way."""
     pytest.importorskip("lm_eval")
     rows = schemas.write("piqa", Path()).resolve()
+    acc = {"metric": "acc", "aggregation": "mean"}
     own = {
         "dataset_path": "json",
         "dataset_kwargs": {"data_files": {"test": str(rows)}},
@@ -216,12 +217,12 @@ def test_the_harness_says_how_many_rows_a_group_has_and_which_direction_is_bette
         "doc_to_text": "Question: {{goal}}\nAnswer:",
         "doc_to_target": "label",
         "doc_to_choice": "{{[sol1, sol2]}}",
-        "metric_list": [{"metric": "acc", "aggregation": "mean", "higher_is_better": True}],
+        "metric_list": [acc | {"higher_is_better": True}],
     }
     Path("tasks").mkdir()
     for name in ("one", "two", "three"):
         Path(f"tasks/own_{name}.yaml").write_text(yaml.safe_dump(own | {"task": f"own_{name}"}))
-    lower = {"metric_list": [own["metric_list"][0] | {"higher_is_better": False}]}  # type: ignore[dict-item]
+    lower = {"metric_list": [acc | {"higher_is_better": False}]}
     Path("tasks/own_bias.yaml").write_text(yaml.safe_dump(own | {"task": "own_bias"} | lower))
     Path("tasks/own_error.yaml").write_text(yaml.safe_dump(own | {"task": "own_error"}))
     mean = {"aggregate_metric_list": [{"metric": "acc", "weight_by_size": True}]}
