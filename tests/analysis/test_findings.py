@@ -481,6 +481,8 @@ def test_a_choice_that_the_first_score_does_not_show_is_told_by_one_that_does(tm
     text = study(points, [np.arange(ROWS) < 30] * 6, other=[9.0, 9.1, 9.2, 3.0, 3.1, 3.2]).report(tmp_path)
     worth = text.partition("## What each choice was worth")[2].partition("\n## ")[0]
     assert "- task accuracy: ranks 8, 16 have the same figure, 0.500." in worth
+    assert "Each score is adjusted by itself." in text
+    assert "the more scores there are (here 2), the more show one by some score." in text
     assert "- other perplexity: rank 16, the largest tried, is best, and a larger one may be better still" in worth
     right = [np.arange(ROWS) < count for count in (50, 51, 50, 20, 21, 20)]
     text = study(points, right, other=[9.0, 9.1, 9.2, 3.0, 3.1, 3.2]).report(tmp_path)

@@ -16,6 +16,7 @@ import torch
 import yaml
 
 from peftsweep import InputError, cli
+from peftsweep.analysis.table import columns
 from peftsweep.config import build, evaluations
 from peftsweep.config.compose import Trial
 from peftsweep.config.fill import conf_dir
@@ -203,10 +204,11 @@ def test_a_trial_on_lm_eval_tasks_of_its_own() -> None:
     assert {"own_piqa_acc", "base_own_piqa_acc"} <= set(result.eval_info["lm_eval"])
 
 
-def test_the_rows_of_a_group_of_the_harness_are_those_of_its_tasks(base: Any, tokenizer: Any) -> None:
+def test_the_harness_says_how_many_rows_a_group_has_and_which_direction_is_better(base: Any, tokenizer: Any) -> None:
     """It was of 0 rows, by which the interval of its score was 12.7 standard errors wide each way."""
     pytest.importorskip("lm_eval")
     rows = schemas.write("piqa", Path()).resolve()
+    acc = {"metric": "acc", "aggregation": "mean"}
     own = {
         "dataset_path": "json",
         "dataset_kwargs": {"data_files": {"test": str(rows)}},
@@ -215,22 +217,30 @@ def test_the_rows_of_a_group_of_the_harness_are_those_of_its_tasks(base: Any, to
         "doc_to_text": "Question: {{goal}}\nAnswer:",
         "doc_to_target": "label",
         "doc_to_choice": "{{[sol1, sol2]}}",
-        "metric_list": [{"metric": "acc", "aggregation": "mean", "higher_is_better": True}],
+        "metric_list": [acc | {"higher_is_better": True}],
     }
     Path("tasks").mkdir()
     for name in ("one", "two", "three"):
         Path(f"tasks/own_{name}.yaml").write_text(yaml.safe_dump(own | {"task": f"own_{name}"}))
+    lower = {"metric_list": [acc | {"higher_is_better": False}]}
+    Path("tasks/own_bias.yaml").write_text(yaml.safe_dump(own | {"task": "own_bias"} | lower))
+    Path("tasks/own_error.yaml").write_text(yaml.safe_dump(own | {"task": "own_error"}))
     mean = {"aggregate_metric_list": [{"metric": "acc", "weight_by_size": True}]}
     inner = {"group": "own_pair", "task": ["own_one", "own_two"]} | mean
     Path("tasks/own_pair.yaml").write_text(yaml.safe_dump(inner))
     outer = {"group": "own_all", "task": ["own_pair", "own_three"]} | mean
     Path("tasks/own_all.yaml").write_text(yaml.safe_dump(outer))
-    found = harness.lm_eval(base, tokenizer, [], tasks=["own_all"], include_path="tasks").scores
+    names = ["own_all", "own_bias", "own_error"]
+    found = harness.lm_eval(base, tokenizer, [], tasks=names, include_path="tasks").scores
+    # Of two tasks the names say another direction than the harness, by which the report took the best for the worst.
+    told = {"own_bias_acc_lower_is_better": -1, "own_error_acc_higher_is_better": 1, "own_all_acc": 1}
+    assert {name: columns.direction(f"eval_info.lm_eval.{name}.value") for name in told} == told
+    assert columns.direction("eval_info.lm_eval.base_own_bias_acc_lower_is_better.value") == -1
     size = len(schemas.SCHEMAS["piqa"])
     assert {name: score.n for name, score in found.items()} == {
         "own_all_acc": 3 * size,
         "own_pair_acc": 2 * size,
-        **dict.fromkeys(("own_one_acc", "own_two_acc", "own_three_acc"), size),
+        **dict.fromkeys(("own_one_acc", "own_two_acc", "own_three_acc", *list(told)[:2]), size),
     }
 
 

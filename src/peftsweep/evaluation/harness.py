@@ -17,6 +17,7 @@ from peftsweep.evaluation.evaluate import Evaluation
 from peftsweep.evaluation.metrics import Score
 from peftsweep.models.parts import SHORT_ROWS, rows_by_rotation
 from peftsweep.models.probe import abilities
+from peftsweep.study.scores import with_direction
 
 if TYPE_CHECKING:
     from lm_eval.tasks import TaskManager
@@ -35,6 +36,8 @@ def lm_eval(
     max_length: int | None = None,
 ) -> Evaluation:
     """The scores of ``tasks``, named ``<task>_<metric>``; ``examples`` are not looked at, tasks bring their own rows.
+
+    A name ends with ``_lower_is_better`` (or higher) where the harness says so and the name would say the opposite.
 
     A task is a name the harness knows (of its own, or of a yaml in ``include_path``) or a task's whole
     configuration. ``limit`` is a number of rows a task.
@@ -76,6 +79,8 @@ def lm_eval(
                 continue
             stderr = measured.get(f"{metric}_stderr,{kind}")
             name = f"{task}_{metric}" + (f"_{kind}" if kind != "none" else "")
+            better = found.get("higher_is_better", {}).get(task, {}).get(metric)
+            name = with_direction(name, higher_is_better=better)
             scores[name] = Score(float(value), stderr if isinstance(stderr, float) else None, n)
     lines = [_line(task, sample) for task, samples in found.get("samples", {}).items() for sample in samples]
     return Evaluation(scores, lines)

@@ -11,6 +11,7 @@ LOWER = re.compile(
     r"(?<![a-z])(loss|perplexity|bits_per_byte|error|errors|err|wer|cer|mer|ter|eer|mae|mse|rmse|nll|ece|brier|toxicity)(?![a-z])",
     re.IGNORECASE,
 )
+SAYS_DIRECTION = {True: "_higher_is_better", False: "_lower_is_better"}  # ends of names, which are right for certain
 NOT_SHARES = ("valid_fraction", "loss", "perplexity")  # figures without a baseline of constant answers
 
 # Metrics of generated texts, and the key in a line of predictions that holds the part of the row.
@@ -28,7 +29,17 @@ TEXT_METRICS = (
 
 def is_minimized(metric: str) -> bool:
     """Whether lower is better, by the name of the metric, with or without the evaluation before it."""
-    return LOWER.search(metric.rpartition(".")[2]) is not None
+    name = metric.rpartition(".")[2]
+    if name.endswith(tuple(SAYS_DIRECTION.values())):
+        return name.endswith(SAYS_DIRECTION[False])
+    return LOWER.search(name) is not None
+
+
+def with_direction(name: str, *, higher_is_better: bool | None) -> str:
+    """The name of a metric; with an end that says which direction is better where the name alone would say another."""
+    if higher_is_better is None or is_minimized(name) is not higher_is_better:
+        return name
+    return name + SAYS_DIRECTION[higher_is_better]
 
 
 def is_maximized(metric: str) -> bool:

@@ -127,6 +127,11 @@ def _tests(tasks: Sequence[Task]) -> Iterator[str]:
             "of the best."
             " The best figure of many is partly luck, and would probably be worse on other rows."
         )
+    if (several := max((len(task.scores) for task in tasks), default=0)) > 1 and chances:
+        yield (
+            f"Each score is adjusted by itself. Of studies in which nothing differs, about 5% show a difference by one "
+            f"score, and the more scores there are (here {several}), the more show one by some score."
+        )
     if any(score for _, score in judged if words.scale(score) == "ratio"):
         yield "Perplexities and costs are compared by ratios."
 
