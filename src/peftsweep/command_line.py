@@ -23,6 +23,7 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import ChoiceSweep, Override, QuotedString, RangeSweep
 from hydra.errors import HydraException
 
+from peftsweep.completion import FLAGS
 from peftsweep.errors import InputError, as_sweep, suggest
 from peftsweep.schema import type_of
 
@@ -133,7 +134,8 @@ def checked(words: Sequence[str], conf: Path) -> list[str]:
             key = name.lstrip("-").replace("-", "_")
             if key in groups or type_of(key) is not None:
                 raise InputError(f"{name}: no such option; a key is given without dashes: {key}=VALUE")
-            raise InputError(f"{name}: no such option; {suggest(name, list(options))}")
+            known = [*FLAGS, *(option for option in options if option not in {*FLAGS, *HYDRA_KEYS_REFUSED})]
+            raise InputError(f"{name}: no such option; {suggest(name, known)}")
         takes, choices = options[name].nargs is None, options[name].choices
         if given and not takes:
             raise InputError(f"{name}: takes no value")

@@ -24,7 +24,7 @@ from peftsweep.errors import InputError
 from peftsweep.schema import Config, key_types, type_of
 
 SHELLS = ("bash", "zsh", "fish")
-FLAGS = ("-m", "--help", "--version", "--cfg", "--config-dir", "--completion")
+FLAGS = ("-m", "--help", "--version", "--json", "--cfg", "--config-dir", "--completion")
 VALUES = {"--cfg": ("job", "hydra", "all"), "--completion": SHELLS}
 PATHS = re.compile(r"model|dataset|repeat|experiments|.*[._]path|.*_file|.*name_or_path")  # keys that name files
 DEVICES = ("auto", "cpu", "cuda")

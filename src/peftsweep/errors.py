@@ -6,6 +6,7 @@ import os
 import re
 import sys
 from collections.abc import Iterable, Sequence
+from typing import Any
 
 MAX_NAMED = 5  # of many names, so many are in a message
 SYNONYMS = {  # what other libraries and people call our keys and options, in small letters with _ for -
@@ -216,6 +217,14 @@ def as_sweep(key: str, text: str) -> str:
     if SEVERAL_NUMBERS.fullmatch(text.strip()) and not thousands:
         return f"; to sweep it: {key}={','.join(re.findall(NUMBER, text))}"
     return ""
+
+
+def right_form(key: str, value: Any, kind: str) -> str:
+    """A hint for a value that is not of its ``kind``: a range as a sweep, a single item as a list; else empty."""
+    if re.search("int|float", kind) and (sweep := as_sweep(key, str(value))):
+        return sweep
+    is_item = isinstance(value, str | int | float) and not key.rpartition(".")[2].isdecimal()
+    return f"; did you mean '{key}=[{value}]'?" if kind.startswith("list[") and is_item else ""
 
 
 def printable(text: object) -> str:

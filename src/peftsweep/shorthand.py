@@ -216,7 +216,8 @@ def _model(name: str, given: Mapping[str, str], conf: Path) -> Meaning:
     elif not (folder / "config.json").is_file():
         adapter = (folder / "adapter_config.json").is_file() or (folder / "adapter").is_dir()
         what = "is an adapter: adapter.path=" + name + " evaluates it" if adapter else "holds no config.json"
-        is_file = f"is a file; must be the folder of a checkpoint, such as model={folder.parent}"
+        beside = (folder.parent / "config.json").is_file()
+        is_file = "is a file; must be the folder of a checkpoint" + (f": model={folder.parent}" if beside else "")
         raise InputError(f"model={name}: {is_file if folder.is_file() else what}")
     else:
         try:

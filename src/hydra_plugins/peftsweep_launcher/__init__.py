@@ -234,9 +234,10 @@ class GridSweeper(BasicSweeper):
                 run_mode=RunMode.MULTIRUN,
             )
             Engines().on_multirun_start(composed[option])
+        for option, one in composed.items():
+            if one.hydra.sweeper._target_ != self.config.hydra.sweeper._target_:
+                raise InputError(f"{swept[0]}: {option} is a search and no grid; give sweep={option} alone")
         checks.check_joinable(swept[0], composed)
-        if any(one.hydra.sweeper._target_ != self.config.hydra.sweeper._target_ for one in composed.values()):
-            raise InputError(f"{swept[0]}: is a search and no grid; name it alone, without a glob")
         whole = next(iter(composed.values()))
         self.setup(hydra_context=self.hydra_context, task_function=self._task_function, config=whole)
         self.max_batch_size = whole.hydra.sweeper.max_batch_size

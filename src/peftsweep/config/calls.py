@@ -15,12 +15,13 @@ import typing
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from enum import Enum
+from pathlib import Path
 from typing import Any
 
-from peftsweep import limits, schema
+from peftsweep import limits, options, schema
 from peftsweep.config.evaluations import HARNESS, ROWS_KEYS
 from peftsweep.config.experiment import ORIGIN
-from peftsweep.errors import InputError, as_sweep, first_line, suggest, synonyms
+from peftsweep.errors import InputError, first_line, right_form, some, suggest, synonyms
 from peftsweep.schema import Config, LossOn, ModelConfig, RowsConfig, Task
 
 SET_BY_OTHER_KEYS = {  # arguments of an optimizer that other keys set
@@ -56,7 +57,9 @@ def check_calls(config: Config, choices: Mapping[str, str | None]) -> None:
     for section in ("quant", "inference", "profiler", "tracker", "method_setup"):
         if (node := getattr(config, section)) and "_target_" not in node:
             group = section.removesuffix("_setup")
-            raise InputError(f"{section}.{next(iter(node))}: {group}={choices.get(group)} has no such option")
+            others = [name for name in options.names(group, [Path(options.conf_dir())]) if name != choices.get(group)]
+            lacking = f"{section}.{next(iter(node))}: {group}={choices.get(group)} has no such option"
+            raise InputError(f"{lacking}; choose another {group}: {some(others)}")
     _check_method(config.method, str(choices.get("method")))
     if config.method_setup:
         check_call(config.method_setup, "method_setup", provided=("setting",))
@@ -74,8 +77,8 @@ def check_calls(config: Config, choices: Mapping[str, str | None]) -> None:
     for name, node in config.eval.items():
         if "_target_" not in node:
             raise InputError(f"eval.{name}: no such key; {suggest(name, [o for o in config.eval if o != name])}")
-        options = {key: value for key, value in node.items() if key not in ROWS_KEYS}
-        check_call(options, f"eval.{name}", provided=("model", "tokenizer", "examples"), also=ROWS_KEYS)
+        own_options = {key: value for key, value in node.items() if key not in ROWS_KEYS}
+        check_call(own_options, f"eval.{name}", provided=("model", "tokenizer", "examples"), also=ROWS_KEYS)
         _check_types({key: node[key] for key in ROWS_KEYS if key in node}, RowsConfig, f"eval.{name}")
         _check_packages(node, f"eval.{name}")
     from peftsweep.evaluation import inference_plan
@@ -281,8 +284,9 @@ def _check_types(values: Mapping[str, Any], described: Any, key: str) -> None:
         if not _has_type(value, hints[name]):
             where, part, hint = _wrong_value(f"{key}.{name}", value, hints[name])
             kind = type_in_words(hint)
-            numbers = as_sweep(where, str(part)) if re.search("int|float", kind) else ""
-            raise InputError(f"{where}={'null' if part is None else part}: must be {kind}{numbers}")
+            raise InputError(
+                f"{where}={'null' if part is None else part}: must be {kind}{right_form(where, part, kind)}"
+            )
 
 
 def _wrong_value(key: str, value: Any, hint: Any) -> tuple[str, Any, Any]:
@@ -315,7 +319,8 @@ def type_in_words(hint: Any) -> str:
         return one_of(member.value for member in hint)
     if hint is type(None):
         return "null"
-    return inspect.formatannotation(hint).replace("typing.", "").replace("collections.abc.", "")
+    text = inspect.formatannotation(hint).replace("typing.", "").replace("collections.abc.", "")
+    return text.replace("Sequence[", "list[")
 
 
 def numeric_options(tree: Mapping[str, Any]) -> dict[str, limits.Option]:
@@ -424,12 +429,8 @@ def _adapter(hint: Any) -> Any:
 def suggest_key(wrong: str, known: list[str]) -> str:
     """A hint: a synonym in this section, a key of another section, or a key with a similar spelling."""
     kinds = schema.key_types(Config)
-    others = [
-        *METHOD_KEYS,
-        *(f"{name}.{field.name}" for name in SEARCHED for field in dataclasses.fields(kinds[name])),
-        *kinds,
-        "hydra.launcher.workers",
-    ]
+    others = [*METHOD_KEYS, *(f"{name}.{field.name}" for name in SEARCHED for field in dataclasses.fields(kinds[name]))]
+    others += [*kinds, "hydra.launcher.workers"]
     if not synonyms(wrong, known) and (elsewhere := synonyms(wrong, others)):
         return f"did you mean '{elsewhere[0]}'?"
     return suggest(wrong, known)

@@ -17,7 +17,7 @@ from peftsweep.config import calls
 from peftsweep.config.calls import numeric_options
 from peftsweep.data import files
 from peftsweep.data import rows as data_rows
-from peftsweep.errors import InputError, as_sweep, first_line, suggest, synonyms
+from peftsweep.errors import InputError, first_line, right_form, suggest, synonyms
 from peftsweep.schema import Config, Dtype, Resource, key_types, value_at
 from peftsweep.study import rungs, store
 from peftsweep.study.record import SECTIONS
@@ -46,7 +46,7 @@ LAUNCHER = {
 }  # keys of hydra.launcher with their smallest values; None: checked apart
 OF_WORKERS = ("timeout", "retries", "devices")  # keys of hydra.launcher that say what is done with worker processes
 SWEEP_WIDE_KEYS = (  # keys with one value for all points of a sweep
-    *("study", "dry_run", "quiet", "stop_on_failure", "halving", "hydra.launcher", "hydra.sweeper._target_"),
+    *("study", "dry_run", "quiet", "stop_on_failure", "halving", "hydra.launcher"),
     *("hydra.sweeper.max_batch_size", "hydra.sweep.dir"),
 )
 SEARCHES = (".TuneSweeper", ".LeagueSweeper")  # sweepers that choose trials while they run
@@ -365,8 +365,7 @@ def one_line(error: BaseException, own_folders: Iterable[Path] = ()) -> str:
         ):
             value = getattr(cause, "value", None)
             meant = synonyms(str(value), kind.removeprefix("one of ").split(", "))
-            numbers = as_sweep(key, str(value)) if re.search("int|float", kind) else ""
-            hint = f"; did you mean '{meant[0]}'?" if meant else numbers
+            hint = f"; did you mean '{meant[0]}'?" if meant else right_form(key, value, kind)
             return f"{key}={'null' if value is None else value}: must be {kind}{hint}"
         if type(cause).__name__ in ("ConfigAttributeError", "ConfigKeyError"):
             parent = cause.parent_node

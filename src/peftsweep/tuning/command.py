@@ -37,6 +37,7 @@ def run(launcher: Any, config: DictConfig, loader: Any, points: Sequence[Sequenc
     if (sweeper := config.hydra.runtime.choices["hydra/sweeper"]) != "grid":
         raise InputError(f"hydra/sweeper={sweeper}: sweep={'league' if league else 'tune'} brings its own")
     command = _parse(launcher, config, loader, points, league)
+    answer.prepare(command, store.LEAGUE if league else store.TUNE)  # raises before anything is printed
     if not config.quiet:
         print(_study_line(command.folder, league), flush=True)
     if config.dry_run:

@@ -414,4 +414,4 @@ def learning_curves(table: pd.DataFrame, steps: pd.DataFrame, labels: pd.Series[
     left_out = f"{len(trials) - CURVES} trials left out" if len(trials) > CURVES else ""
     others = len(set(names)) - len(styles)
     grey = f"grey: {others} other configurations" if others > 0 else ""
-    return with_caption(figure, table, "; ".join(filter(None, ["a line a trial", grey, left_out])))
+    return with_caption(figure, table, "; ".join(filter(None, ["one line for each trial", grey, left_out])))
