@@ -83,7 +83,7 @@ def test_a_packed_trial_is_recorded_as_it_is_alone(compose: Compose) -> None:
             files = [folder.parent / found["base_predictions"] for folder in folders]
             assert record.read_lines(files[0]) == record.read_lines(files[1]) != []
             assert found["base_predictions"] == single.eval_info[name]["base_predictions"]
-        facts = ("trainable_parameters", "total_parameters", "adapter_bytes", "steps", "tokens", "base_bytes")
+        facts = ("trainable_parameters", "total_parameters", "adapter_bytes", "steps", "tokens", "base_bytes", "flops")
         assert [mine.train_info[fact] for fact in facts] == [single.train_info[fact] for fact in facts]
 
 
@@ -93,7 +93,8 @@ def test_what_a_pack_took_stands_where_no_trials_own_figure_stands(compose: Comp
     names = {result.trial for result in together}
     for result in together:
         assert set(result.run_info["packed_with"]) == names - {result.trial}
-        assert not {"train_seconds", "tokens_per_second", "step_seconds_p50", "load_seconds"} & set(result.train_info)
+        own = {"train_seconds", "tokens_per_second", "step_seconds_p50", "load_seconds", "mfu"}
+        assert not own & set(result.train_info)
         assert not {"train", "load", "attach", "eval"} & set(result.memory)
         assert "eval_seconds" not in result.train_info
         assert all("seconds" not in found and found["packed_seconds"] > 0 for found in result.eval_info.values())
