@@ -17,8 +17,10 @@ from peftsweep.data.batches import batch_order, micro_batches
 from peftsweep.forecast import duration, history, speed, timing
 from peftsweep.study import store
 from peftsweep.study.record import Result
+from peftsweep.sweep import pack
 from peftsweep.training import length
 from peftsweep.trial import foreseen
+from tests.conftest import UNWRITTEN
 
 RunSmall = Callable[..., Result]
 PLANNED = {"decided_by": "speed", "train_seconds": 123.0, "uncorrected_train_seconds": 120.0}
@@ -130,6 +132,15 @@ def test_the_flops_of_a_lora_training_are_those_by_hand(
         total += forward if config.checkpointing else 0
     found = duration.estimate(trial, known, None, rows, timed=False, probe=False)
     assert found.flops == pytest.approx(total, rel=0.01)  # the prediction is of batches of mean size
+
+
+def test_a_trial_in_a_pack_has_the_flops_of_the_trial_alone(compose: Callable[..., Trial], known: speed.Device) -> None:
+    trials = [compose(*UNWRITTEN, "train.steps=2", f"method.r={rank}") for rank in (2, 8)]
+    for trial, result in zip(trials, pack.run(trials), strict=True):
+        assert result.train_info["packed"]["lanes"] == 2
+        alone = duration.estimate(trial, known, timed=False, probe=False).flops
+        assert result.train_info["flops"] == pytest.approx(alone, rel=1e-6)
+        assert "mfu" not in result.train_info
 
 
 def test_flops_and_their_share_are_of_the_steps_that_were_taken(known: speed.Device) -> None:

@@ -83,7 +83,7 @@ def test_a_packed_trial_is_recorded_as_it_is_alone(compose: Compose) -> None:
             files = [folder.parent / found["base_predictions"] for folder in folders]
             assert record.read_lines(files[0]) == record.read_lines(files[1]) != []
             assert found["base_predictions"] == single.eval_info[name]["base_predictions"]
-        facts = ("trainable_parameters", "total_parameters", "adapter_bytes", "steps", "tokens", "base_bytes", "flops")
+        facts = ("trainable_parameters", "total_parameters", "adapter_bytes", "steps", "tokens", "base_bytes")
         assert [mine.train_info[fact] for fact in facts] == [single.train_info[fact] for fact in facts]
 
 
