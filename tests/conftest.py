@@ -124,6 +124,7 @@ def without_times(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatc
     monkeypatch.setattr(timing.Timing, "estimate", lambda self, one: nothing)
     monkeypatch.setattr(timing.Timing, "measure", lambda self: None)
     monkeypatch.setattr(foreseen, "predict_time", lambda *_: {})
+    monkeypatch.setattr(foreseen, "flops_of_packed", lambda *_: {})
     if "memory_foreseen" not in request.fixturenames:
         monkeypatch.setattr(foreseen, "memory", lambda *_: None)
 

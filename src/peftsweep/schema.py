@@ -255,7 +255,7 @@ class LeagueConfig:
 class PriceConfig:
     """The price of an hour of a device, in the user's currency: `price=2.49`, or a table of conf/price."""
 
-    hour: Any = None  # a number, or parts of device names -> numbers; the first part that fits counts
+    hour: Any = None  # a number, or words of device names -> numbers; the first that the name has counts
     currency: str = ""  # printed with the cost
 
 

@@ -19,6 +19,7 @@ from peftsweep.analysis.figures import plot
 from peftsweep.analysis.figures.charts import format_numbers, frontier_chart
 from peftsweep.analysis.statistics import comparisons, effects
 from peftsweep.analysis.statistics.task import study_tasks
+from peftsweep.analysis.table import columns
 from peftsweep.analysis.text import report as text_report
 from peftsweep.analysis.text import words
 
@@ -389,22 +390,26 @@ def test_what_an_option_consists_of_did_not_move(tmp_path: Path) -> None:
     assert "also differ" not in text
 
 
-def test_another_machine_is_named_where_times_are_compared(tmp_path: Path) -> None:
-    gpus, quants = ('["H100"]', '["A100"]'), ("none", "4bit")
+@pytest.mark.parametrize(
+    ("key", "places", "named"),
+    [
+        ("meta_info.torch.gpus", ('["H100"]', '["A100"]'), "gpus ("),
+        ("meta_info.system.trials_at_once", (1, 4), "trials_at_once (4, 1)"),
+        ("meta_info.packages.torch.version", ("2.8.0", "2.9.1"), "version (2.9.1, 2.8.0)"),
+    ],
+)
+def test_another_machine_is_named_where_times_are_compared(
+    key: str, places: tuple[Any, Any], named: str, tmp_path: Path
+) -> None:
     points = [
-        {
-            "choices.quant": quant,
-            "config.seed": seed,
-            "meta_info.torch.gpus": gpu,
-            "train_info.train_seconds": time + seed,
-        }
-        for quant, gpu, time in zip(quants, gpus, (100.0, 300.0), strict=True)
+        {"choices.quant": quant, "config.seed": seed, key: place, "train_info.train_seconds": time + seed}
+        for quant, place, time in zip(("none", "4bit"), places, (100.0, 300.0), strict=True)
         for seed in range(3)
     ]
     (sentence,) = sentences(
         study(points, right(0.5, 0.5, 0.5, 0.5, 0.5, 0.5)).report(tmp_path), "training time", "takes"
     )
-    assert "gpus (" in sentence
+    assert named in sentence
 
 
 # ---- tables and sentences of levels ----------------------------------------------------------------
@@ -596,6 +601,8 @@ def test_a_perplexity_is_the_same_figure_wherever_it_is_told(tmp_path: Path) -> 
         ("meta_info.torch.gpus", ['["T4"]', '["H100"]']),
         ("meta_info.system.processor", ["a", "b"]),
         pytest.param("meta_info.torch.threads", ["2", "1"], marks=pytest.mark.slow),
+        ("meta_info.system.trials_at_once", [1, 4]),
+        ("meta_info.packages.torch.version", ["2.8.0", "2.9.1"]),
     ],
 )
 def test_nothing_is_advised_for_its_speed_on_another_device(key: str, devices: list[str], tmp_path: Path) -> None:
@@ -615,12 +622,22 @@ def test_nothing_is_advised_for_its_speed_on_another_device(key: str, devices: l
     assert all(_frontiers_weigh_time(made, text))
     assert "fast training at that quality" in text
     assert "Seconds of several devices" not in text
+    assert "not to be compared" not in _caption(made)
     made.table[key] = devices
     text = made.report(tmp_path)
     assert not any(_frontiers_weigh_time(made, text))
     assert "fastest" not in text
     assert "fast training" not in text
-    assert "- **Seconds of several devices** (" in text
+    assert "- **Seconds of several devices or conditions** (" in text
+    assert "seconds of several devices or conditions, not to be compared" in _caption(made)
+
+
+def _caption(made: Study) -> str:
+    """What stands below the figure of training times."""
+    (task,) = study_tasks(made.table, made.predictions)
+    figure = plot.bars(plot._configurations(task, ""), columns.TRAINING_TIME)
+    assert figure is not None
+    return " ".join(figure.get_supxlabel().split())
 
 
 def _frontiers_weigh_time(made: Study, text: str) -> Iterator[bool]:

@@ -81,8 +81,8 @@ THEIRS: dict[str, Any] = {
                 | {"mem reserved avg": 950.0, "elapsed time": 4.0 * step}
                 for step in (10, 20)
             ),
-            {"step": 20, "test accuracy": 0.5, "train loss": 0.1, "train samples": 40, "train total tokens": 2000}
-            | {"forgetting": 0.02},
+            {"step": 20, "test accuracy": 660 / 1319, "train loss": 0.1, "train samples": 40}
+            | {"train total tokens": 2000, "forgetting": 0.02},
         ],
     },
     "meta_info": {
@@ -147,7 +147,7 @@ def test_their_results_become_a_study(collect_command: Collect) -> None:
         "train_info.tokens_per_second": 50.0,
         "train_info.adapter_bytes": 4096,
         "memory.train.reserved_peak": 3000,
-        "eval_info.gsm8k.accuracy.value": 660 / 1319,  # 0.5 of an odd number cannot be
+        "eval_info.gsm8k.accuracy.value": 660 / 1319,
         "eval_info.gsm8k.accuracy.n": 1319,
         "eval_info.forgetting.loss_increase.value": 0.02,
         "meta_info.packages.peft.version": "1.0",
@@ -160,6 +160,55 @@ def test_their_results_become_a_study(collect_command: Collect) -> None:
     assert "learning_curves.png" in {file.name for file in Path("multirun/peft_comparison/plots").iterdir()}
     assert collect_command("--from-peft", "theirs", "mine", "--no-plots")[0] == 0
     assert len(peftsweep.load("mine")) == 3
+
+
+def test_an_accuracy_of_other_rows_than_the_test_s_has_no_interval(collect_command: Collect) -> None:
+    """No number of GSM8K's 1,319 test rows is a half of them."""
+    other = copy.deepcopy(THEIRS)
+    other["train_info"]["metrics"][-1]["test accuracy"] = 0.5
+    put(other, "one")
+    assert collect_command("--from-peft", "theirs", "--no-plots")[0] == 0
+    (row,) = peftsweep.load("peft_comparison").to_dict("records")
+    assert row["eval_info.gsm8k.accuracy.value"] == 0.5
+    assert pd.isna(row["eval_info.gsm8k.accuracy.stderr"])
+    assert pd.isna(row["eval_info.gsm8k.accuracy.n"])
+
+
+def test_steps_after_the_last_validation_are_in_no_seconds(collect_command: Collect) -> None:
+    """The log has no seconds of these steps, so that the sum is no training's; the tokens a second are of the rest."""
+    longer = copy.deepcopy(THEIRS)
+    longer["train_info"]["metrics"][-1] |= {"step": 25, "train total tokens": 2500}
+    put(longer, "one")
+    assert collect_command("--from-peft", "theirs", "--no-plots")[0] == 0
+    (row,) = peftsweep.load("peft_comparison").to_dict("records")
+    assert pd.isna(row["train_info.train_seconds"])
+    assert row["train_info.tokens_per_second"] == 50.0
+    assert (row["train_info.steps"], row["train_info.tokens"]) == (25, 2500)
+
+
+@pytest.mark.parametrize(
+    ("section", "wrong", "message"),
+    [
+        ("last", {"test accuracy": 45.2}, "test accuracy: must be from 0 to 1"),
+        ("first", {"train time": None}, "train time: null, not a number"),
+        ("first", {"valid accuracy": 36}, "valid accuracy: must be from 0 to 1"),
+        ("train_info", {"train_time": "90 s"}, "train_info.train_time: a text, not a number"),
+        ("train_info", {"status": "done"}, "train_info.status: must be one of"),
+    ],
+)
+def test_a_file_with_other_units_or_without_its_figures_is_left_out_in_one_line(
+    section: str, wrong: dict[str, Any], message: str, collect_command: Collect
+) -> None:
+    odd = copy.deepcopy(THEIRS)
+    places = {"last": odd["train_info"]["metrics"][-1], "first": odd["train_info"]["metrics"][0]}
+    (places | odd)[section].update(wrong)
+    put(odd, "odd", experiment_name="lora/odd")
+    put(THEIRS, "one")
+    code, out, err = collect_command("--from-peft", "theirs", "--no-plots")
+    assert (code, err.count("\n")) == (0, 1)
+    assert "odd.json" in err
+    assert message in err
+    assert "1 trial: 1 success" in out
 
 
 def test_how_they_ended_is_told(collect_command: Collect) -> None:
@@ -186,7 +235,6 @@ def test_there_and_back_again_says_the_same(collect_command: Collect) -> None:
     [file] = Path("back/results").iterdir()
     assert file.name == "lora--example-rank8.json"
     back = json.loads(file.read_text())
-    back["train_info"]["metrics"][-1]["test accuracy"] = 0.5  # rounded to the rows there are
     assert back["train_info"].items() >= {k: v for k, v in THEIRS["train_info"].items() if k != "metrics"}.items()
     assert back["train_info"]["metrics"][-1] == THEIRS["train_info"]["metrics"][-1]
     for key in ("created_at", "total_time", "experiment_name", "peft_branch", "error_msg"):

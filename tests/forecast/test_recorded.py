@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -10,10 +11,16 @@ from pathlib import Path
 import pytest
 import torch
 
+from peftsweep.config import build
+from peftsweep.config.compose import Trial
+from peftsweep.data.batches import batch_order, micro_batches
 from peftsweep.forecast import duration, history, speed, timing
 from peftsweep.study import store
 from peftsweep.study.record import Result
+from peftsweep.sweep import pack
+from peftsweep.training import length
 from peftsweep.trial import foreseen
+from tests.conftest import UNWRITTEN
 
 RunSmall = Callable[..., Result]
 PLANNED = {"decided_by": "speed", "train_seconds": 123.0, "uncorrected_train_seconds": 120.0}
@@ -28,7 +35,7 @@ def known(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> speed.Device:
     monkeypatch.setattr(speed, "measure", lambda meter: pytest.fail("a trial measured its device"))
     monkeypatch.setattr(speed.Meter, "operation", lambda self, one: pytest.fail("a trial timed an operation"))
     device = speed.Device(torch.device("cpu"), folder=tmp_path / "speed")
-    monkeypatch.setattr(timing, "device_of", lambda where, threads: device)
+    monkeypatch.setattr(timing, "device_of", lambda *_: device)
     return device
 
 
@@ -90,6 +97,51 @@ def test_what_fails_in_predicting_is_no_failure_of_the_trial(
     found = run_unwritten("train.steps=2")
     assert found.run_info["status"] == "success"
     assert not {"predicted", "flops", "mfu"} & set(found.train_info)
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        [],
+        ["train.accumulation=3", "seed=1"],
+        ["train.checkpointing=true"],
+        pytest.param(["quant=4bit", "method.r=32"], marks=pytest.mark.slow),
+    ],
+)
+def test_the_flops_of_a_lora_training_are_those_by_hand(
+    words: list[str], compose: Callable[..., Trial], known: speed.Device
+) -> None:
+    """Of each real batch, which is padded to its longest row; the first products' inputs need no gradient."""
+    trial = compose("dataset.samples=64", "train.steps=5", "train.batch_size=4", *words)
+    config, rank = trial.config.train, int(trial.config.method["r"])
+    assert trial.rows is not None
+    rows = build.training_tokens(trial, build.load_tokenizer(trial), trial.rows.train)
+    hidden, inner, layers, vocabulary = 128, 384, 4, 533  # of the embedded model
+    base, ends = layers * (4 * hidden**2 + 3 * hidden * inner), layers * (4 * 2 * hidden + 3 * (hidden + inner))
+    total = 0
+    order = batch_order([len(row.ids) for row in rows], length.rows_per_step(config), trial.config.seed)
+    for numbers in itertools.chain.from_iterable(
+        itertools.islice(micro_batches(order, config.batch_size), config.steps)
+    ):
+        batch = [rows[number] for number in numbers]
+        longest = max(len(row.ids) for row in batch)
+        tokens, answers = len(batch) * longest, sum(row.answer_tokens for row in batch)
+        attention = 2 * len(batch) * longest**2 * hidden * layers  # one product of all heads
+        forward = 2 * tokens * (base + rank * ends) + 2 * attention
+        inputs = 2 * tokens * (base - 3 * hidden**2 + rank * (ends - 3 * hidden))  # their gradients, but for q, k, v
+        total += forward + inputs + 2 * tokens * rank * ends + 5 * attention + 2 * (2 * answers * hidden * vocabulary)
+        total += forward if config.checkpointing else 0
+    found = duration.estimate(trial, known, None, rows, timed=False, probe=False)
+    assert found.flops == pytest.approx(total, rel=0.01)  # the prediction is of batches of mean size
+
+
+def test_a_trial_in_a_pack_has_the_flops_of_the_trial_alone(compose: Callable[..., Trial], known: speed.Device) -> None:
+    trials = [compose(*UNWRITTEN, "train.steps=2", f"method.r={rank}") for rank in (2, 8)]
+    for trial, result in zip(trials, pack.run(trials), strict=True):
+        assert result.train_info["packed"]["lanes"] == 2
+        alone = duration.estimate(trial, known, timed=False, probe=False).flops
+        assert result.train_info["flops"] == pytest.approx(alone, rel=1e-6)
+        assert "mfu" not in result.train_info
 
 
 def test_flops_and_their_share_are_of_the_steps_that_were_taken(known: speed.Device) -> None:

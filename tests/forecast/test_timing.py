@@ -18,12 +18,15 @@ from peftsweep.config import build
 from peftsweep.config.compose import Trial
 from peftsweep.errors import InputError
 from peftsweep.forecast import duration, history, speed, timing, work
+from peftsweep.forecast.allocator import Allocator
 from peftsweep.forecast.duration import Estimate, Span
 from peftsweep.forecast.history import History, Steps
-from peftsweep.observe import streams
+from peftsweep.forecast.operations import Ledger
+from peftsweep.observe import measure, streams
 from peftsweep.observe.remaining import format_seconds, remaining, remaining_of_sweep
 from peftsweep.schema import PriceConfig
 from peftsweep.study.record import Result
+from peftsweep.sweep import processes, sweep
 from peftsweep.sweep.workers import Budget, Options
 from peftsweep.training import graphs
 from peftsweep.trial.foreseen import predicted_by_kind
@@ -57,6 +60,27 @@ def test_records_of_another_device_or_without_a_prediction_correct_nothing() -> 
     found = history.of([result("other"), plain, result(predicted=None)], "mine")
     assert found.correction("train") is None
     assert found.steps == {"a": [Steps.alike(0.1, 100)]}
+
+
+def test_records_of_trials_beside_others_correct_trials_beside_as_many_others() -> None:
+    """Those that ran alone correct them only where there are no others, and their steps say nothing."""
+
+    def beside(at_once: int, seconds: float) -> Result:
+        one = result(seconds=seconds)
+        one.meta_info["system"] = {"trials_at_once": at_once}
+        return one
+
+    def factor(found: History) -> float:
+        return getattr(found.correction("train"), "factor", math.nan)
+
+    records = [result(seconds=8.0), beside(1, 8.8), beside(4, 24.0), beside(4, 25.6)]  # the first does not say it
+    alone, crowded = history.of(records, "mine"), history.of(records, "mine", 4)
+    assert (factor(alone), factor(crowded)) == pytest.approx((1.05, 3.1), abs=0.01)
+    assert (alone.at_once, crowded.at_once) == (1, 4)
+    assert crowded.steps == {"a": [Steps.alike(0.24, 100), Steps.alike(0.256, 100)]}
+    other = history.of(records, "mine", 2)
+    assert factor(other) == factor(alone)
+    assert (other.at_once, other.steps) == (1, {})
 
 
 @pytest.mark.parametrize(
@@ -108,6 +132,34 @@ def test_the_report_counts_errors_and_the_intervals_that_held() -> None:
     assert line is not None
     assert "off by 20% in the median, at most 50% shorter; 2 of 3 trials within the predicted 90% interval" in line
     assert forecast_report.line([result(predicted=None)]) is None
+
+
+def test_a_trial_that_was_resumed_says_nothing_of_a_prediction() -> None:
+    """Its seconds are those of several attempts: of loading the base, too, which each attempt does."""
+    one = result()
+    one.train_info["predicted"] |= {"evaluate_seconds": 3.0, "evaluate_seconds_low": 2.0, "evaluate_seconds_high": 4.0}
+    assert forecast_report.error([one], "evaluate") is not None
+    one.run_info["resumed"] = 20
+    assert forecast_report.error([one], "evaluate") is None
+    assert forecast_report.error([one], "train") is None
+
+
+def test_the_forecast_report_counts_a_run_once_in_all_studies(capsys: pytest.CaptureFixture[str]) -> None:
+    """However often a study is named, and where it was copied."""
+    for study, seconds in (("a", 10.0), ("b", 16.0), ("copy", 10.0)):
+        one = result(seconds=seconds)
+        name = "b" if study == "b" else "a"
+        one.run_info |= {"trial": name, "identity": name, "labels": [name], "study": study, "created_at": "2026-01-01"}
+        one.write(Path("multirun", study, name))
+    assert forecast_report.main(["a", "multirun/a", str(Path("multirun/b").resolve()), "copy"]) == 0
+    lines = [line.strip("│ ").split("│") for line in capsys.readouterr().out.splitlines() if " train " in line]
+    rows = [[cell.strip() for cell in cells] for cells in lines]
+    assert [(row[0].rpartition("/")[2], *row[2:5]) for row in rows] == [
+        ("a", "1", "20.0%", "-20.0%"),
+        ("b", "1", "50.0%", "-50.0%"),
+        ("copy", "1", "20.0%", "-20.0%"),
+        ("all", "2", "35.0%", "-50.0%"),
+    ]
 
 
 @pytest.mark.parametrize("study", ["no_such", "../elsewhere"])
@@ -171,6 +223,105 @@ def test_the_costs_of_trials_are_together_the_cost_of_the_sweep(
     assert sum(times.row(one)["predicted_cost"] for one in trials) == pytest.approx(times.cost(end.seconds))
 
 
+def test_workers_that_share_a_gpu_gain_nothing_but_the_time_of_the_host(
+    compose: Compose, device: speed.Device, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A GPU runs the kernels of one process at a time. Records of trials beside as many others correct that."""
+    on_gpu(device, monkeypatch)
+
+    def shared(_where: torch.device, _threads: int, at_once: int) -> speed.Device:
+        device.at_once = at_once
+        return device
+
+    monkeypatch.setattr(timing, "device_of", shared)
+    monkeypatch.setattr(timing, "IMPORTED", 0.0)
+    trials = [compose(*SMALL, "price.hour=3.6", f"seed={seed}") for seed in range(4)]
+
+    def trained(workers: int, devices: int) -> tuple[float, str, float]:
+        times = timing.Timing(trials, workers, devices)
+        span = times.estimate(trials[0]).spans["train"]
+        assert span is not None
+        return span.seconds, times.lines([[one] for one in trials])[0], span.high / span.low
+
+    one, line, width = trained(1, 1)
+    assert line.endswith("1 worker on 1 device")
+    crowded, line, wider = trained(4, 1)
+    assert crowded == pytest.approx(4 * one)
+    assert wider > 1.5 * width
+    assert line.endswith("4 workers on 1 device, on which they are assumed to take turns")
+    two, line, _ = trained(4, 2)
+    assert two == pytest.approx(2 * one)
+    each, line, _ = trained(4, 4)
+    assert each == pytest.approx(one)
+    assert line.endswith("4 workers on 4 devices")
+    known = History(ratios={"train": [math.log(0.5)] * 3}, at_once=4)
+    monkeypatch.setattr(timing, "records_of", lambda *_: known)
+    measured, line, width = trained(4, 1)
+    assert measured == pytest.approx(2 * one)
+    assert line.endswith("4 workers on 1 device")
+
+
+def on_gpu(device: speed.Device, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let a device with a known speed be a GPU."""
+    _ = device.speed
+    device.device = torch.device("cuda")
+    monkeypatch.setattr(speed, "name_of", lambda _: "a GPU")
+
+
+def test_the_host_of_a_shared_gpu_is_no_slower(device: speed.Device, monkeypatch: pytest.MonkeyPatch) -> None:
+    ledger, factor = Ledger(), torch.empty(64, 64, device="meta")
+    with Allocator(1, 0, ledger):
+        factor @ factor
+    on_gpu(device, monkeypatch)
+    kernels = device.step(ledger)[0]
+    device._speed = replace(device.speed, host_seconds=3 * kernels)
+    steps = []
+    for device.at_once in (1, 2, 6):
+        steps.append(device.step(ledger)[0] / kernels)
+    assert steps == pytest.approx([3.0, 3.0, 6.0])
+
+
+def test_trials_on_a_cpu_share_its_cores(device: speed.Device, monkeypatch: pytest.MonkeyPatch) -> None:
+    ledger, factor = Ledger(), torch.empty(64, 64, device="meta")
+    with Allocator(1, 0, ledger):
+        factor @ factor
+    monkeypatch.setattr(speed, "cores", lambda: 4)
+    alone, steps = device.step(ledger)[0], []
+    for device.at_once in (1, 2, 4, 8):
+        with measure.threads(1):
+            steps.append(device.step(ledger)[0] / alone)
+    assert steps == pytest.approx([1.0, 1.0, 1.0, 2.0])
+    device.busy = 3.0  # as measured, by these trials or by others
+    assert device.step(ledger)[0] == pytest.approx(3 * alone)
+
+
+@pytest.mark.parametrize(
+    ("options", "places", "workers", "devices"),
+    [
+        (Options(), ["0", "1"], 2, 2),  # a worker for each GPU
+        (Options(workers=4), ["0", "1", "0", "1"], 4, 2),
+        (Options(workers=3), ["", "", ""], 3, 1),  # on a CPU
+        (Options(workers=2), [None, None], 2, 1),  # device=cuda:1
+        (Options(workers=0), None, 1, 1),
+    ],
+)
+def test_a_plan_is_of_the_workers_that_run(
+    options: Options,
+    places: list[str | None] | None,
+    workers: int,
+    devices: int,
+    compose: Compose,
+    device: speed.Device,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(timing, "device_of", lambda *_: device)
+    monkeypatch.setattr(processes, "places", lambda *_: places)
+    planned = sweep._timing([compose(*SMALL)], options, None)
+    assert (planned.workers, planned.devices) == (workers, devices)
+    launched = sweep._timing([compose(*SMALL)], Options(workers=0), lambda _: [])
+    assert launched._where == "one after the other; how many the launcher runs at the same time is not known"
+
+
 def test_workers_take_jobs_as_they_become_free() -> None:
     jobs = [Span(seconds, seconds / 2, seconds * 2) for seconds in (5.0, 1.0, 1.0, 1.0, 4.0)]
     assert timing.finish(jobs, 1) == Span(12.0, 6.0, 24.0)
@@ -194,6 +345,9 @@ def test_an_interval_holds_90_of_100_of_a_normal_logarithm() -> None:
         (0, "any", 0.0),
         ({"H100": 3.0, "A100": 2.0}, "NVIDIA A100-SXM4-80GB", 2.0),
         ({"h100": 3.0}, "NVIDIA H100 80GB HBM3", 3.0),
+        ({"A10": 0.5, "A100": 2.0}, "NVIDIA A100-SXM4-80GB", 2.0),
+        ({"L4": 1.0, "L40S": 1.5}, "NVIDIA L40S", 1.5),
+        ({"A100-SXM4": 3.0, "A100": 2.0}, "NVIDIA A100-SXM4-80GB", 3.0),
     ],
 )
 def test_a_price_is_a_number_or_of_a_table_by_the_name_of_the_device(price: Any, device: str, hourly: Any) -> None:
@@ -209,6 +363,8 @@ def test_a_price_that_is_none_is_one_line(price: Any) -> None:
 def test_a_table_of_prices_without_the_device_is_answered_by_a_number() -> None:
     with pytest.raises(InputError, match=r"its table has H100, .* the device, some CPU; price=2\.49 is a device-hour"):
         timing.hourly(PriceConfig({"H100": 3.0}), "some CPU")
+    with pytest.raises(InputError, match="its table has H200"):
+        timing.hourly(PriceConfig({"H200": 3.0}), "NVIDIA GH200 480GB")
 
 
 def test_an_unknown_price_is_answered_by_a_number(command: Callable[..., tuple[int, str, str]]) -> None:
@@ -240,6 +396,21 @@ def test_a_deadline_goes_by_what_was_predicted_and_by_how_far_that_was_off(compo
     assert budget.estimate([two]) == pytest.approx(120.0)
     assert budget.take(1, [two]) == 0
     assert budget.estimate() == 180.0  # of what nobody has predicted
+
+
+def test_a_deadline_counts_the_seconds_of_a_pack_once(compose: Compose) -> None:
+    """Each of its records has those of the whole pack."""
+    trials = [compose(f"seed={seed}") for seed in range(8)]
+    budget = Budget(Options(deadline=100.0))
+    budget.expected = {one.identity: 10.0 for one in trials}
+    for one in trials[:4]:
+        others = [other.name for other in trials[:4] if other is not one]
+        about = {"identity": one.identity, "total_seconds": 20.0, "status": "success", "packed_with": others}
+        budget.spend(Result(about, {}, {}))
+    assert budget.estimate(trials[4:]) == pytest.approx(20.0)  # half of what was predicted of four alone
+    budget.expected = {}
+    assert budget.estimate(trials[4:]) == pytest.approx(20.0)
+    assert budget.estimate(trials[4:5]) == pytest.approx(5.0)
 
 
 # ---- a trial -----------------------------------------------------------------------------------------
@@ -300,8 +471,11 @@ def test_decoding_steps_that_are_replayed_need_no_time_of_the_host(compose: Comp
 
 
 def test_validations_are_in_the_seconds_of_evaluations_as_often_as_they_come(
-    compose: Compose, device: speed.Device
+    compose: Compose, device: speed.Device, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr(duration, "NEXT_SECONDS", math.inf)  # however busy the machine is, nothing is estimated
+    monkeypatch.setattr(duration, "MOST_SECONDS", math.inf)
+
     def evaluating(*words: str) -> float:
         return duration.estimate(compose(*SMALL, *words), device).uncorrected["evaluate"]
 
@@ -391,6 +565,26 @@ def test_the_first_trial_of_a_model_takes_nothing_of_the_time_for_the_others(
     assert spent[0] > 0
 
 
+def test_the_flops_of_a_trial_are_its_own_however_many_were_traced_before(
+    compose: Compose, device: speed.Device, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """After many traces a plan takes the seconds of similar trials, but a record and the plan's FLOPs do not."""
+
+    def flops(words: list[str], **options: Any) -> int | None:
+        for cache in (work._TRACED, work._SIMILAR, work._EVALUATIONS):
+            cache.clear()
+        duration.estimate(compose(*SMALL, "targets=q"), device, timed=False)
+        return duration.estimate(compose(*SMALL, *words), device, timed=False, **options).flops
+
+    words = ["targets=all_linear", "method.r=32"]
+    own = flops(words)
+    assert own is not None
+    monkeypatch.setattr(work, "_SPENT", [work.MOST_SECONDS + 1])
+    assert flops(words) is None
+    assert flops(words, probe=False) == own
+    assert flops(["targets=q"]) not in (None, own)
+
+
 def test_trials_of_other_seeds_have_one_shape_and_the_flops_of_their_own_padding(compose: Compose) -> None:
     """Then they share what one traces, and the records of one foretell the other."""
     trials = [compose("dataset.samples=32", "train.steps=10", f"seed={seed}") for seed in (0, 1)]
@@ -410,7 +604,7 @@ def test_a_base_that_an_earlier_trial_scores_is_in_no_seconds_of_a_later_one(
     compose: Compose, device: speed.Device, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Of the corrected seconds and of those that records will be compared with: one share is left of both."""
-    monkeypatch.setattr(timing, "device_of", lambda where, threads: device)
+    monkeypatch.setattr(timing, "device_of", lambda *_: device)
     monkeypatch.setattr(timing, "records_of", lambda *_: History(ratios={"evaluate": [math.log(2)] * 3}))
     trials = [compose(*SMALL, f"method.r={rank}") for rank in (4, 8)]
     times = timing.Timing(trials)
@@ -432,7 +626,7 @@ def test_a_plan_shows_no_warnings_of_libraries(
         assert not logging.getLogger("transformers").isEnabledFor(logging.WARNING)  # the inner one ended, this has not
         return Estimate()
 
-    monkeypatch.setattr(timing, "device_of", lambda where, threads: device)
+    monkeypatch.setattr(timing, "device_of", lambda *_: device)
     monkeypatch.setattr(duration, "estimate", warned)
     one = compose(*SMALL)
     recwarn.clear()

@@ -124,6 +124,7 @@ def test_four_ways_to_go_wrong_cost_one_trial_each(command: Command) -> None:
     assert (ended["hangs"].error or {})["type"] == "TimeoutError"
     assert {(one.error or {}).get("stage") for name, one in ended.items() if name != "perplexity"} == {"eval"}
     assert ended["hangs"].train_info["steps"] == 4  # what it had logged until then
+    assert ended["perplexity"].meta_info["system"]["trials_at_once"] == 2
     assert out.splitlines()[-1] == "5 trials: 1 success, 3 failed, 1 oom  (multirun/default)"
 
 

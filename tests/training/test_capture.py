@@ -26,7 +26,7 @@ from peftsweep.models import losses as models_losses
 from peftsweep.models.shortcuts import SHORTCUTS, Shortcuts
 from peftsweep.observe.measure import Meter
 from peftsweep.schema import Capture, Dtype, TargetsConfig, TrainConfig
-from peftsweep.sweep import packing, workers
+from peftsweep.sweep import packing
 from peftsweep.training import capture, checkpoint, graphs, loop, packed
 from peftsweep.training.capture import StaticSteps, ladder, sizes
 from tests.architectures import make
@@ -306,7 +306,7 @@ def test_a_graph_that_fails_or_gives_other_gradients_is_given_up(
     assert static[1] == pytest.approx(plain[1], rel=1e-4)
     assert static[0].compilation == {"capture_off": reason}
     failed = broken is out_of_memory
-    assert (graphs.has_failed(), workers._device_broken()) == (failed, failed)
+    assert (graphs.has_failed(), graphs.device_is_broken()) == (failed, failed)
     after = run(rows, steps=3, capture=Capture.auto)[0].compilation
     assert after.get("capture_off") == ("a capture has failed in this process" if failed else None)
 

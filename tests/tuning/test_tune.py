@@ -10,6 +10,7 @@ import signal
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -25,6 +26,7 @@ from peftsweep.study.record import Result
 from peftsweep.tuning import answer, decision
 from peftsweep.tuning import command as tuning_command
 from peftsweep.tuning.answer import TuningCommand
+from peftsweep.tuning.search import Point
 from peftsweep.tuning.trials import earlier_seconds
 from tests.conftest import SMALL, start, wait_for
 
@@ -195,6 +197,19 @@ def test_the_seconds_of_earlier_commands_are_read_also_under_the_former_key(
     record.write_json(file, {key: held.pop("search_hash")} | held | {"spent": {"seconds": 12.5}})
     assert earlier_seconds(file, command.hash) == 12.5
     assert earlier_seconds(file, "another") == 0.0
+
+
+def test_the_seconds_of_a_contestant_have_those_of_a_pack_once() -> None:
+    """Each record of a pack has the seconds of the whole pack."""
+    names = ["a", "b", "c"]
+    results = {}
+    for seed, name in enumerate([*names, "alone"]):
+        about = {"trial": name, "status": "success", "total_seconds": 60.0}
+        about |= {"packed_with": [other for other in names if other != name]} if name in names else {}
+        results[Point("lora", 1e-3, None, None, seed)] = Result(about, {}, {}, train_info={"steps": 10})
+    trials: Any = SimpleNamespace(results=results, refused={})
+    costs = answer._costs(trials, "lora")
+    assert (costs["trials"], costs["steps"], costs["seconds"]) == (4, 40, pytest.approx(120.0))
 
 
 def test_a_search_whose_study_was_renamed_is_the_same_search(make_command: MakeCommand) -> None:

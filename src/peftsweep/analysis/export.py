@@ -69,6 +69,7 @@ def exported(result: Result) -> dict[str, Any]:
                 "trial": result.trial,
                 "test_accuracy": score,
                 "accelerator_memory": "resident memory of the process" if resident else "reserved in training",
+                "train_time": "as published" if "published_train_seconds" in trained else "steps alone, without tests",
             },
         },
         "train_info": {

@@ -7,6 +7,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from peftsweep.analysis.table.table import read
 from peftsweep.errors import InputError
 from peftsweep.forecast.history import KINDS, measured
 from peftsweep.observe.display import show_table
@@ -46,9 +47,11 @@ def error(results: Iterable[Result], kind: str) -> Error | None:
         predicted, took = result.train_info.get("predicted"), measured(result.train_info).get(kind)
         if result.status is not Status.success or not isinstance(predicted, dict) or not took:
             continue
-        seconds, low, high = (predicted.get(f"{kind}_seconds{end}") for end in ("", "_low", "_high"))
-        if seconds is None or low is None or high is None or (kind == "train" and result.run_info.get("resumed")):
+        if "trained_by" in result.train_info:  # earlier versions recorded the prediction of the other trial with it
             continue
+        seconds, low, high = (predicted.get(f"{kind}_seconds{end}") for end in ("", "_low", "_high"))
+        if seconds is None or low is None or high is None or result.run_info.get("resumed"):
+            continue  # the seconds of a resumed trial are those of several attempts, maybe on several machines
         errors.append(seconds / took - 1)
         held += low <= took <= high
     return Error(tuple(errors), held) if errors else None
@@ -69,12 +72,15 @@ def line(results: Sequence[Result]) -> str | None:
 
 def main(names: Sequence[str]) -> int:
     """``peftsweep-collect --forecast-report``: a row a study and kind of seconds, and one of all together."""
-    folders = store.chosen(names)
-    if not folders:
+    named = store.chosen(names)
+    if not named:
         raise InputError("--forecast-report: there is no study under multirun/")
-    studies = {str(folder): store.records(folder, most=10**6) for folder in folders}
+    folders: dict[Path, Path] = {}  # each study once, however often it is named
+    for folder in named:
+        folders.setdefault(folder.resolve(), folder)
+    studies = {str(folder): read(folder) for folder in folders.values()}
     if len(studies) > 1:
-        studies["all"] = [result for results in studies.values() for result in results]
+        studies["all"] = [*{_run(result): result for results in studies.values() for result in results}.values()]
     rows = [
         _row(name, kind, found)
         for name, results in studies.items()
@@ -87,6 +93,11 @@ def main(names: Sequence[str]) -> int:
         if not any(error(results, kind) for kind in KINDS):
             print(f"{Path(name)}: no trial whose time was predicted before it ran (dry_run=true predicts it)")
     return 0
+
+
+def _run(result: Result) -> tuple[str, str]:
+    """Equal for copies of one run of a trial, as in a study that was copied."""
+    return str(result.run_info.get("identity", result.trial)), str(result.run_info.get("created_at"))
 
 
 def _row(name: str, kind: str, found: Error) -> dict[str, str]:

@@ -1,12 +1,14 @@
 """Result files of PEFT's method comparison on MetaMathQA as a study of ours.
 
-Where the two mean different things by a name, ours are kept apart: their ``train_time`` includes validation and test
-(``train_info.published_train_seconds``), the sum of their steps is our ``train_seconds``; their memory is the peak
-that was reserved in the whole run, its generation included, as no other is known.
+Where the two mean different things by a name, ours are kept apart: their ``train_time`` includes the evaluation on the
+test rows and what lies between steps, but no validation (``train_info.published_train_seconds``); the sum of their
+steps is our ``train_seconds``, if the log covers all steps. Their memory is the peak that was reserved in the whole
+run, its generation included, as no other is known.
 """
 
 from __future__ import annotations
 
+import math
 import statistics
 from collections.abc import Mapping, Sequence
 from functools import cache, partial
@@ -25,6 +27,7 @@ from peftsweep.study.record import STEPS, Result, Status
 
 STUDY = "peft_comparison"  # where theirs go unless a folder is named
 TEST_ROWS, FORGETTING_ROWS = 1319, 100  # of GSM8K's test split; of the text they look at for forgetting
+ROUNDED = 5e-5  # by which an accuracy in a file may be rounded
 STATUS = {"success": Status.success, "failed": Status.failed, "canceled": Status.cancelled}
 PACKAGES = ("transformers", "peft", "datasets", "bitsandbytes", "torch")
 QUANTS = {"int8": "8bit", "int4": "4bit"}
@@ -36,12 +39,15 @@ LORA_OPTIMIZERS = {"lora-fa": "lora_fa", "lora+": "lora_plus", "riemannian": "ri
 def _metrics(value: Any, key: str) -> str | None:
     """A row of their log: of a training with its loss and memory, or the last one, of the test."""
     trained = isinstance(value, dict) and "train time" in value
-    return fault(value, TRAINED if trained else {"*": NUMBER}, key)
+    if found := fault(value, TRAINED if trained else {"*": NUMBER}, key):
+        return found
+    shares = {name: value[name] for name in ("valid accuracy", "test accuracy") if value.get(name) is not None}
+    return next((f"{key}.{name}: must be from 0 to 1" for name, share in shares.items() if not 0 <= share <= 1), None)
 
 
-TRAINED = dict.fromkeys(
-    ("step", "train loss", "tokens / sec", "elapsed time", "mem allocated avg", "valid accuracy", "train time"), NUMBER
-) | {"eval time": NUMBER, "*": NUMBER}
+TRAINED: dict[str, tuple[type, ...]] = dict.fromkeys(("train loss", "valid accuracy", "*"), NUMBER) | dict.fromkeys(
+    ("step", "tokens / sec", "elapsed time", "mem allocated avg", "train time", "eval time"), (int, float)
+)
 # What is read of one of their result files.
 THEIRS = {
     "run_info": {
@@ -140,7 +146,8 @@ def imported(content: Mapping[str, Any], name: str, file: str) -> Result:
     rows = [row for row in trained["metrics"] if "train time" in row]
     last = trained["metrics"][-1] if trained["metrics"] else {}
     seconds = sum(row["train time"] for row in rows)
-    tokens = last.get("train total tokens")
+    logged = sum(row["tokens / sec"] * row["train time"] for row in rows)  # the tokens of the steps in these seconds
+    whole = bool(rows) and rows[-1]["step"] == last["step"]  # else steps after the last validation are in no row
     status = STATUS[trained["status"]]
     if status is not Status.success and "out of memory" in run["error_msg"].lower():
         status = Status.oom
@@ -164,12 +171,12 @@ def imported(content: Mapping[str, Any], name: str, file: str) -> Result:
             "total_parameters": trained.get("num_total_params"),
             "adapter_bytes": trained["file_size"],
             "steps": last.get("step"),
-            "tokens": tokens,
+            "tokens": last.get("train total tokens"),
             "final_loss": last.get("train loss"),
-            "train_seconds": seconds,
+            "train_seconds": seconds if whole else None,
             "published_train_seconds": trained["train_time"],
             "validate_seconds": sum(row["eval time"] for row in rows),
-            "tokens_per_second": tokens / seconds if tokens and seconds else None,
+            "tokens_per_second": logged / seconds if seconds else None,
         },
         memory={
             "train": {
@@ -232,10 +239,16 @@ def _config(method: dict[str, Any], parameters: Mapping[str, Any], name: str) ->
 
 
 def _scores(last: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
-    """Test accuracy with its standard error, a proportion's, and the loss gained on unrelated text."""
+    """Test accuracy with its standard error, a proportion's, and the loss gained on unrelated text.
+
+    An accuracy that no number of GSM8K's test rows gives is of other rows, whose number the file does not say.
+    """
     scores: dict[str, dict[str, Any]] = {}
     if (accuracy := last.get("test accuracy")) is not None:
-        scores["gsm8k"] = {"accuracy": record.plain(metrics.proportion(round(accuracy * TEST_ROWS), TEST_ROWS))}
+        right = round(accuracy * TEST_ROWS)
+        of_all = math.isclose(right, accuracy * TEST_ROWS, abs_tol=ROUNDED * TEST_ROWS)
+        found = record.plain(metrics.proportion(right, TEST_ROWS)) if of_all else None
+        scores["gsm8k"] = {"accuracy": found or {"value": accuracy, "stderr": None, "n": None}}
     if (forgetting := last.get("forgetting")) is not None:
         scores["forgetting"] = {"loss_increase": {"value": forgetting, "stderr": None, "n": FORGETTING_ROWS}}
     return scores

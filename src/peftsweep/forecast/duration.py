@@ -13,6 +13,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any
 
 from peftsweep.config import build, identity
@@ -42,6 +43,7 @@ from peftsweep.training.graphs import WARMUP_PASSES
 # benchmarks/time_prediction.py; the others are larger, because their constants below are rough.
 SPREADS = {"load": 0.5, "train": 0.18, "evaluate": 0.35, "save": 0.5}
 ESTIMATED_SPREAD = 0.3  # the same for the part of a step whose operations were not timed
+CROWDED_SPREAD = 0.3  # the same for trials that run at the same time on a device, without a record of such trials
 FIRST_SECONDS, NEXT_SECONDS = 4.0, 1.0  # limits of timing operations: for the first trial of a model, for others
 # Seconds without records, measured on two cores with the embedded model: for the start of a trial, for the files of an
 # adapter, for each tensor of a base.
@@ -91,7 +93,7 @@ class Estimate:
     spans: Mapping[str, Span | None] = field(default_factory=dict)
     uncorrected: Mapping[str, float] = field(default_factory=dict)  # by kind: the seconds before records correct them
     baseline: Span = NOTHING  # the part of evaluate for the untouched base, whose scores the study keeps
-    flops: int | None = None  # of the matrix products of the whole training
+    flops: int | None = None  # of the matrix products of the whole training; None if they were not counted
     flops_by_dtype: Mapping[str, float] = field(default_factory=dict)
     shape: str | None = None  # a hash that is equal for trainings whose steps take the same time
     decided_by: str = "speed"  # the source of the seconds of training: speed, records, or the same shape
@@ -157,7 +159,8 @@ def estimate(
         device: the device, with its measured speed.
         history: records that correct the prediction.
         tokens: the training rows, if they have been read already.
-        probe: whether operations that were never timed are timed now.
+        probe: whether operations that were never timed are timed now. Without it, as in a running trial, the
+            operations are always the trial's own, never those of a similar one.
         timed: False predicts the FLOPs of the training alone.
         judged: False leaves out the evaluations.
     """
@@ -165,7 +168,9 @@ def estimate(
     if reason := forecast.refusal(trial):
         return _unknown(f"refused: {reason}")
     where = device.device.type
-    run, no_training, work_by_name, no_evaluations, traced = operations(trial, where, tokens, judged=timed and judged)
+    run, no_training, work_by_name, no_evaluations, traced = operations(
+        trial, where, tokens, judged=timed and judged, own=not probe
+    )
     if traced is None:
         return _unknown("its method cannot be attached without numbers, so that its operations are not known")
     shape = identity.content_hash([step_key(trial, run, where)]) if run else None
@@ -176,24 +181,27 @@ def estimate(
             by_dtype[str(dtype).removeprefix("torch.")] += round(count * run.count * run.scale)
         found = replace(found, flops=sum(by_dtype.values()), flops_by_dtype=dict(by_dtype))
         if uncounted := traced.step.ledger.uncounted:
-            found = replace(found, flops=None, flops_by_dtype={})
             no_training = no_training or f"no formula for the FLOPs of {', '.join(uncounted)}"
+        if uncounted or traced.step_from_similar:
+            found = replace(found, flops=None, flops_by_dtype={})
     if not timed:
         return found
     return _timed(trial, device, history, found, run, traced, work_by_name, no_training, no_evaluations, probe=probe)
 
 
 def operations(
-    trial: Trial, where: str, tokens: Sequence[Tokens] | None = None, *, judged: bool = True
+    trial: Trial, where: str, tokens: Sequence[Tokens] | None = None, *, judged: bool = True, own: bool = False
 ) -> tuple[Batches | None, str | None, dict[str, EvaluationWork], str | None, Traced | None]:
     """The work of a trial: micro-batches, why they are unknown, evaluations, why they are unknown, operations.
 
-    ``where`` is the type of the device. Without ``judged`` the evaluations are left out.
+    ``where`` is the type of the device. Without ``judged`` the evaluations are left out, and without ``own`` the
+    operations may be those of a similar trial.
     """
     tokenizer = build.load_tokenizer(trial) if models_model.is_local(trial.config.model) else None
     run, no_training = run_of(trial, tokenizer, tokens)
     work_by_name, no_evaluations = evaluations(trial, tokenizer) if judged else ({}, NOT_WANTED)
-    return run, no_training, work_by_name, no_evaluations, trace(trial, run, list(work_by_name.values()), where)
+    traced = trace(trial, run, list(work_by_name.values()), where, own=own)
+    return run, no_training, work_by_name, no_evaluations, traced
 
 
 def _unknown(why: str) -> Estimate:
@@ -235,6 +243,7 @@ def _timed(
             return Span.around(took, spread)
         return Span.around(took * correction.factor, math.hypot(correction.spread, spread - SPREADS[kind]))
 
+    crowded = CROWDED_SPREAD if device.at_once > 1 and device.at_once != history.at_once else 0.0
     steps = number_of_steps(trial, run)
     same = history.training(estimate.shape, round(steps)) if estimate.shape and steps else None
     if steps == 0:
@@ -252,7 +261,7 @@ def _timed(
         replay = device.step(traced.step.ledger, until, captured=True)[0] if replayed else 0.0
         took = (took * (run.count - replayed) + replay * replayed) * run.scale
         took += device.update(traced.step.trained, config) * steps
-        spread = SPREADS["train"] + share * ESTIMATED_SPREAD + ESTIMATED_SPREAD * traced.step_from_similar
+        spread = SPREADS["train"] + share * ESTIMATED_SPREAD + ESTIMATED_SPREAD * traced.step_from_similar + crowded
         spans["train"] = corrected("train", took, spread)
         decided = "records" if history.correction("train") else "speed"
     spans["load"] = corrected("load", _loading(trial), SPREADS["load"])
@@ -261,7 +270,10 @@ def _timed(
         unknown["evaluate"] = no_evaluations
     else:
         captured = captures(replace(config, compile="none"), device.device) and traced.decodes_captured
-        spans["evaluate"], baseline = _evaluating(device, traced, work_by_name, until, corrected, captured=captured)
+        spread = SPREADS["evaluate"] + ESTIMATED_SPREAD * traced.evaluations_from_similar + crowded
+        spans["evaluate"], baseline = _evaluating(
+            device, traced, work_by_name, until, partial(corrected, "evaluate", spread=spread), captured=captured
+        )
         estimate = replace(estimate, baseline=baseline)
     if probe:
         _SPENT[0] += 0.0 if first else time.perf_counter() - begun
@@ -274,7 +286,7 @@ def _evaluating(
     traced: Traced,
     work_by_name: Mapping[str, EvaluationWork],
     until: float,
-    corrected: Callable[[str, float, float], Span],
+    corrected: Callable[[float], Span],
     *,
     captured: bool,
 ) -> tuple[Span, Span]:
@@ -295,7 +307,7 @@ def _evaluating(
         times = work.of_base + work.of_trained
         low, high = low + times * least, high + times * most
     both = trained + base
-    span = corrected("evaluate", both, SPREADS["evaluate"] + ESTIMATED_SPREAD * traced.evaluations_from_similar)
+    span = corrected(both)
     factor = span.seconds / both if both else 1.0
     clipped = Span(span.seconds, min(span.low, low * factor), max(span.high, high * factor))
     return clipped, clipped.times(base / both if both else 0.0)

@@ -13,6 +13,7 @@ from typing import Any
 from peftsweep.errors import InputError, suggest
 from peftsweep.study import store
 from peftsweep.study.record import RESULT, RecordError, Result, Status
+from peftsweep.study.sweep_record import AT_ONCE_KEY
 
 KINDS = ("load", "train", "evaluate", "save")  # parts of a trial, whose seconds are predicted
 STAGES = {  # the stages of a record that belong to each kind; the seconds of train are those of its steps
@@ -63,6 +64,7 @@ class History:
 
     ratios: dict[str, list[float]] = field(default_factory=dict)  # by kind: log(measured / predicted seconds)
     steps: dict[str, list[Steps]] = field(default_factory=dict)  # by Estimate.shape
+    at_once: int = 1  # trials that ran at the same time on the device
 
     def correction(self, kind: str) -> Correction | None:
         """The median of the ratios of a kind; None where no record has one."""
@@ -98,14 +100,21 @@ def measured(info: Mapping[str, Any]) -> dict[str, float]:
     return found
 
 
-def of(records: Iterable[Result], device: str) -> History:
-    """The history of the device whose key is ``device``; records of other devices and versions are left out."""
-    history = History()
+def of(records: Iterable[Result], device: str, at_once: int = 1) -> History:
+    """The history of the device whose key is ``device``; records of other devices and versions are left out.
+
+    So are those of trials with which another number of trials than ``at_once`` ran at the same time. If all are of such
+    trials, those that ran alone count, but without the seconds of their steps.
+    """
+    records = list(records)
+    history = History(at_once=at_once)
     for result in records:
         about, info = result.meta_info.get(SECTION), result.train_info
         if not isinstance(about, dict) or result.status is not Status.success or about.get(DEVICE) != device:
             continue
         if result.run_info.get("resumed"):  # its earlier attempts may have run on other machines
+            continue
+        if _at_once(result) != at_once:
             continue
         seconds, predicted = measured(info), info.get("predicted") or {}
         if seconds.get("train") and info.get("steps") and isinstance(about.get(SHAPE), str):
@@ -114,6 +123,8 @@ def of(records: Iterable[Result], device: str) -> History:
             raw = predicted.get(f"uncorrected_{kind}_seconds")
             if isinstance(raw, int | float) and raw > 0 and took > 0:
                 history.ratios.setdefault(kind, []).append(math.log(took / raw))
+    if at_once > 1 and not history.ratios and not history.steps:
+        return History(of(records, device).ratios)
     return history
 
 
@@ -124,6 +135,13 @@ def _steps(seconds: float, info: Mapping[str, Any]) -> Steps:
     if not info.get("capture_graphs") or not isinstance(median, int | float) or median <= 0:
         return found
     return Steps(seconds, info["steps"], min(float(median), found.each))
+
+
+def _at_once(result: Result) -> int:
+    """The number of trials that ran at the same time on the device; records of earlier versions do not say it."""
+    system = result.meta_info.get("system")
+    found = system.get(AT_ONCE_KEY) if isinstance(system, dict) else None
+    return found if isinstance(found, int) else 1
 
 
 def newest(study: Path, most: int) -> list[Result]:

@@ -33,7 +33,7 @@ from peftsweep.forecast.operations import Arguments, Ledger, Operation
 from peftsweep.forecast.trace import Sizes, made_optimizer, reference_step
 from peftsweep.observe.fast_dtype import cache_folder
 from peftsweep.observe.flops import matmul_ceiling
-from peftsweep.observe.measure import lower_quartile
+from peftsweep.observe.measure import cores, lower_quartile
 from peftsweep.schema import TrainConfig
 from peftsweep.study import record
 from peftsweep.study.atomic import write_text
@@ -211,6 +211,7 @@ class Device:
 
     def __init__(self, device: torch.device, clock: Clock = time.perf_counter, folder: Path | None = None) -> None:
         self.device, self._meter = device, Meter(device, clock)
+        self.at_once = 1  # trials that run on it at the same time
         self.key = device_key(device)
         self._file = (folder or cache_folder()) / f"speed-{self.key}.json"
         self._speed: Speed | None = None
@@ -331,7 +332,18 @@ class Device:
                 bytes_ = sum(7 * math.prod(shape) * dtype.itemsize for shape, dtype in trained)
                 operations[key] = bytes_ / self.speed.bandwidth + len(trained) * self.speed.launch_seconds
             self._changed = True
-        return operations[key] * self.busy
+        return operations[key] * self.crowding
+
+    @property
+    def crowding(self) -> float:
+        """How many times longer kernels take because of other processes and of the other trials that run on the device.
+
+        A GPU runs the kernels of one process at a time. On a CPU each trial has cores of its own, as far as there are
+        enough. ``busy`` may have been measured while the other trials ran already, so that the larger of both counts.
+        """
+        if self.device.type == "cuda":
+            return max(self.busy, float(self.at_once))
+        return max(self.busy, self.at_once * torch.get_num_threads() / cores())
 
     def step(self, ledger: Ledger, until: float = math.inf, *, captured: bool = False) -> tuple[float, float]:
         """The seconds of a step with these operations, and the share of its kernels' seconds that is estimated.
@@ -342,8 +354,10 @@ class Device:
         work, estimated = self.work(ledger, until)
         host = 0.0 if captured else self.speed.host_seconds * ledger.dispatches
         inside = work + self.speed.byte_seconds * ledger.other_bytes
-        took = max(inside, host) if self.device.type == "cuda" else inside + host
-        return took * self.busy, estimated / work if work else 0.0
+        share = estimated / work if work else 0.0
+        if self.device.type == "cuda":  # whose trials have cores of their own
+            return max(inside * self.crowding, host * self.busy), share
+        return (inside + host) * self.crowding, share
 
     def ideal(self, flops: dict[str, float]) -> float | None:
         """The seconds of these FLOPs (by dtype) at the device's highest rate; None if that was never measured."""

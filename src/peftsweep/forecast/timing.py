@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 import time
 from collections.abc import Mapping, Sequence
 from functools import cache
@@ -30,20 +31,24 @@ PACKED = (0.7, 1.3)  # interval of the seconds of trials in a pack, relative to 
 
 
 class Timing:
-    """The seconds of the trials of one sweep, which run in ``workers`` processes."""
+    """The seconds of the trials of one sweep, which run in ``workers`` processes on ``devices`` devices.
 
-    def __init__(self, trials: Sequence[Trial], workers: int | None = None) -> None:
+    ``workers`` is None if another launcher decides how many trials run at the same time.
+    """
+
+    def __init__(self, trials: Sequence[Trial], workers: int | None = None, devices: int = 1) -> None:
         config = trials[0].config
         where = model.device(config.device)
-        on_cpu, count = where.type == "cpu", workers or 1
-        self._threads = measure.threads_each(count) if on_cpu else None
+        count = workers or 1
+        self._threads = measure.threads_each(count) if where.type == "cpu" else None
+        self._launched = workers is None
+        self.workers, self.devices = count, max(1, min(count, devices))
+        self._at_once = min(count, len(trials))
         with measure.threads(self._threads):
-            self.device = device_of(where, torch.get_num_threads())
-        self.history = records_of(self.device.key, config.forecast.records, config.study)
+            self.device = device_of(where, torch.get_num_threads(), math.ceil(self._at_once / self.devices))
+        self.history = records_of(self.device.key, config.forecast.records, config.study, self.device.at_once)
         self.price = hourly(config.price, speed.name_of(where))
         self.currency = config.price.currency
-        self.workers, self._at_once = count, min(count, len(trials))
-        self.devices = 1 if on_cpu else max(1, min(count, torch.cuda.device_count()))
         self._based = set[str]()  # untouched bases that an earlier trial of the sweep scores
         self._estimates: dict[str, Estimate] = {}
 
@@ -89,6 +94,7 @@ class Timing:
             "predicted_seconds_high": None if total is None else total.high,
             "predicted": found.facts(),
             "predicted_device": self.device.key,
+            "predicted_at_once": self.device.at_once,
             "no_time_because": found.why,
             "flops": found.flops,
             "predicted_mfu": ideal / train.seconds if ideal and train and train.seconds else None,
@@ -126,8 +132,17 @@ class Timing:
         stages = self._stages(jobs)
         ends = [finish(spans, self.workers)] if stages is None else self._ends_of_stages(stages, estimates)
         end = sum(ends, Span(imports, imports / 2, imports * 2))
+        return end, self._where
+
+    @property
+    def _where(self) -> str:
+        """On which workers and devices the sweep runs, and what is assumed of them."""
+        if self._launched:
+            return "one after the other; how many the launcher runs at the same time is not known"
         places = f"{self.workers} worker" + ("s" if self.workers != 1 else "")
-        return end, f"{places} on {self.devices} device" + ("s" if self.devices != 1 else "")
+        places += f" on {self.devices} device" + ("s" if self.devices != 1 else "")
+        taking_turns = self.device.device.type == "cuda" and self.device.at_once not in (1, self.history.at_once)
+        return places + (", on which they are assumed to take turns" if taking_turns else "")
 
     def _stages(self, jobs: Sequence[Sequence[Trial]]) -> list[rungs.Stage] | None:
         """The stages of a sweep with halving; None where every trial runs to its end."""
@@ -207,9 +222,11 @@ def money(amount: float) -> str:
 
 
 @cache
-def device_of(where: torch.device, threads: int) -> speed.Device:
-    """The device with its speed, cached for each number of threads."""
-    return speed.Device(where)
+def device_of(where: torch.device, threads: int, at_once: int = 1) -> speed.Device:
+    """The device with its speed, on which ``at_once`` trials run at the same time, cached by number of threads."""
+    device = speed.Device(where)
+    device.at_once = at_once
+    return device
 
 
 def finish(spans: Sequence[Span], workers: int) -> Span:
@@ -228,6 +245,8 @@ def finish(spans: Sequence[Span], workers: int) -> Span:
 def hourly(price: PriceConfig, device: str) -> float | None:
     """The price of an hour of the device, from a table the first entry whose name is a part of the device's name.
 
+    A part ends where a word or number ends, so that the price of an L4 is not that of an L40S.
+
     None without a price.
 
     Raises:
@@ -235,7 +254,10 @@ def hourly(price: PriceConfig, device: str) -> float | None:
     """
     amount = price.hour
     if isinstance(amount, Mapping):
-        matching = [hour for name, hour in amount.items() if str(name).lower() in device.lower()]
+        part = r"(?<![^\W_]){}(?![^\W_])"  # no letter or digit before and after it
+        matching = [
+            hour for name, hour in amount.items() if re.search(part.format(re.escape(str(name))), device, re.IGNORECASE)
+        ]
         if not matching:
             names = ", ".join(map(str, amount)) or "no device"
             reason = f"its table has {names}, and none of them is in the name of the device, {device}"
@@ -250,11 +272,11 @@ def hourly(price: PriceConfig, device: str) -> float | None:
     return float(amount)
 
 
-def records_of(device: str, named: str | None, study: str) -> history.History:
+def records_of(device: str, named: str | None, study: str, at_once: int = 1) -> history.History:
     """The measured seconds of the device, from the records that ``forecast.records`` names and from the study's own.
 
     Raises:
         InputError: ``forecast.records`` names no study.
     """
     others = history.named(named) if named is not None else []
-    return history.of([*others, *history.newest(store.folder(study), MOST_RECORDS)], device)
+    return history.of([*others, *history.newest(store.folder(study), MOST_RECORDS)], device, at_once)

@@ -281,10 +281,13 @@ def step_key(trial: Trial, run: Batches | None, where: str) -> list[Any]:
     return [where, *keys.model_key(trial), tree, asdict(run.shape) if run else None]
 
 
-def trace(trial: Trial, run: Batches | None, evaluations: Sequence[EvaluationWork], where: str) -> Traced | None:
+def trace(
+    trial: Trial, run: Batches | None, evaluations: Sequence[EvaluationWork], where: str, *, own: bool = False
+) -> Traced | None:
     """The operations of a micro-batch and of the evaluations on a device type ``where`` ("cpu" or "cuda").
 
-    None if the method cannot be attached on the meta device.
+    Without ``own`` those of a similar trial are used, after many traces in this process. None if the method cannot be
+    attached on the meta device.
     """
     key_parts = step_key(trial, run, where)
     sizes = [[asdict(work.read.shape), work.tokens[1]] for work in evaluations]
@@ -296,10 +299,11 @@ def trace(trial: Trial, run: Batches | None, evaluations: Sequence[EvaluationWor
     method = {key: value for key, value in trial.tree["method"].items() if key not in (*forecast.AIMS, *RANKS)}
     # Trials that differ only in the rank and the targets of the method count as similar.
     similar_key = identity.content_hash([of_the_model, quantised, method, tree["train"], shape, sizes])
-    if _SPENT[0] > MOST_SECONDS and similar_key in _SIMILAR:
+    many = _SPENT[0] > MOST_SECONDS and not own
+    if many and similar_key in _SIMILAR:
         return replace(_SIMILAR[similar_key], step_from_similar=True, evaluations_from_similar=True)
     base_key = identity.content_hash([where, of_the_model, trial.tree["quant"], sizes])
-    similar = _EVALUATIONS.get(base_key) if _SPENT[0] > MOST_SECONDS else None
+    similar = _EVALUATIONS.get(base_key) if many else None
     begun = time.process_time()
     with streams.without_warnings():
         traced = forecast.on_skeleton(

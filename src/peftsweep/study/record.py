@@ -299,11 +299,6 @@ def read_predictions(file: Path) -> list[dict[str, Any]]:
     return lines
 
 
-def last_attempt_seconds(result: Result) -> float:
-    """The seconds of the last attempt of a trial; its total includes attempts before a checkpoint."""
-    return float(result.run_info.get("sitting_seconds", result.run_info["total_seconds"]))
-
-
 def line(row: dict[str, Any]) -> str:
     """``row`` as a line of a .jsonl file."""
     return json.dumps(plain(row)) + "\n"

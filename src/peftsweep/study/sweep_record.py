@@ -20,6 +20,8 @@ from peftsweep.study.record import Result
 
 FOLDER = "sweeps"
 COMMAND = "PEFTSWEEP_COMMAND"  # the environment variable with the token of the command that a trial is run by
+AT_ONCE = "PEFTSWEEP_TRIALS_AT_ONCE"  # the environment variable of a worker for the result of ``trials_at_once``
+AT_ONCE_KEY = "trials_at_once"  # the key of a record's ``meta_info.system`` for it
 DURATION_FIELDS = {"seconds": (int, float), "seconds_outside_trials": (int, float)}  # the fields that are read again
 _began: list[float] = []
 _not_run: list[int] = []  # the number of trials not run, for each sweep of the command
@@ -39,9 +41,27 @@ def command_token() -> str:
     return os.environ.get(COMMAND, "")
 
 
+def trials_at_once() -> int:
+    """The number of trials that run at the same time on the device of this process, at most."""
+    return int(os.environ.get(AT_ONCE) or 1)
+
+
 def not_run() -> int:
     """The number of trials that this command did not run because of a limit, a deadline or an interrupt."""
     return sum(_not_run)
+
+
+def last_attempt_seconds(result: Result) -> float:
+    """The seconds of the last attempt of a trial; its total includes attempts before a checkpoint.
+
+    Those of a packed trial are the seconds of its whole pack.
+    """
+    return float(result.run_info.get("sitting_seconds", result.run_info["total_seconds"]))
+
+
+def pack_size(result: Result) -> int:
+    """The number of trials that were trained together with this one, itself included."""
+    return 1 + len(result.run_info.get("packed_with") or ())
 
 
 class SweepRecord:
@@ -63,7 +83,7 @@ class SweepRecord:
     def add(self, result: Result) -> None:
         """Note a trial that has just ended."""
         now = time.perf_counter()
-        self._spans.append((max(self._began, now - record.last_attempt_seconds(result)), now))
+        self._spans.append((max(self._began, now - last_attempt_seconds(result)), now))
         self._ended[result.status.name] += 1
 
     def leave(self, count: int) -> None:

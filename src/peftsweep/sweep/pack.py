@@ -30,10 +30,10 @@ from peftsweep.study import claims as study_claims
 from peftsweep.study import record, store
 from peftsweep.study.record import Result, Status
 from peftsweep.sweep.packing import shared_settings
-from peftsweep.training import checkpoint, packed
+from peftsweep.training import checkpoint, length, packed
 from peftsweep.training.slots import Pack
 from peftsweep.trial import done as trial_done
-from peftsweep.trial import outcome, task
+from peftsweep.trial import foreseen, outcome, task
 from peftsweep.trial.session import Answers, Session
 
 log = logging.getLogger(__name__)
@@ -255,6 +255,9 @@ class _Pack:
             raise _SharedFailure(error) from error
         for slot in slots:
             self._note(slot, slots, ended[slot.name])
+            steps = length.total_steps(slot.trial.config.train, len(lead.tokens))
+            flops = foreseen.flops_of_packed(slot.trial, lead.rows, lead.tokens, self.meter.device)
+            foreseen.count_flops(slot.result, flops, steps, self.meter.device)
             if predicted:
                 slot.result.memory["packed_predicted"] = predicted.facts()
 

@@ -26,7 +26,7 @@ from peftsweep.study import record, store
 from peftsweep.study.atomic import remove_partials
 from peftsweep.study.record import Result, Status, counted, trials_in_words
 from peftsweep.study.sweep_record import SweepRecord, plans
-from peftsweep.sweep import engine, packing, workers
+from peftsweep.sweep import engine, packing, processes, workers
 from peftsweep.sweep.engine import Launch
 from peftsweep.sweep.workers import Budget, Options
 from peftsweep.trial import done as trial_done
@@ -59,7 +59,7 @@ def run(
     options = options or Options(workers=0)
     config, trials = trials[0].config, _named(trials)
     if config.dry_run:
-        _dry_run(trials, options)
+        _dry_run(trials, options, launch)
         return [None] * len(trials)
     known = streams.progress(forecast.ahead(trials), SIZES_MESSAGE, len(trials), quiet=config.quiet)
     stand_ins = _stand_ins(trials, [forecast.check(one) for one in known])  # raises before anything is written
@@ -132,7 +132,7 @@ def _expected(trials: Sequence[Trial], options: Options) -> dict[str, float]:
     """The seconds that trials will take, by their identities, where a deadline asks for them."""
     if options.deadline is None or not trials:
         return {}
-    times = Timing(trials, options.workers)
+    times = _timing(trials, options, None)
     return times.expected(trials) if options.deadline >= MIN_PROBED_DEADLINE_SECONDS or times.device.take_kept() else {}
 
 
@@ -266,7 +266,15 @@ def _counted(results: Sequence[Result | None], name: str) -> str:
     return text + (f", {left} not run" if left else "") + f"  ({store.folder(name)})"
 
 
-def _dry_run(trials: Sequence[Trial], options: Options) -> None:
+def _timing(trials: Sequence[Trial], options: Options, launch: Launch | None) -> Timing:
+    """The predicted seconds of ``trials`` on the workers that ``options`` or ``launch`` run them on."""
+    if launch or options.workers == 0:
+        return Timing(trials, None if launch else 1)
+    places = processes.places(options.workers, options.devices, [one.config.device for one in trials])
+    return Timing(trials, len(places), len(set(places)))
+
+
+def _dry_run(trials: Sequence[Trial], options: Options, launch: Launch | None) -> None:
     """Print one line for each trial as soon as it is predicted, and write all of them to the study's plan.json.
 
     Points with the same identity and label are listed once.
@@ -277,7 +285,7 @@ def _dry_run(trials: Sequence[Trial], options: Options) -> None:
         listed.setdefault((one.identity, one.label), one)
     trials = list(listed.values())
     first: dict[str, Trial] = {}  # the first one of trials that train the same parameters
-    width, printed, times = max(len(one.name) for one in trials), [], Timing(trials, options.workers)
+    width, printed, times = max(len(one.name) for one in trials), [], _timing(trials, options, launch)
     times.measure()
     for one in forecast.ahead(trials, forecast.prediction, times.trace, caches=work.CACHES):
         evaluations.check_conversations(one.config)

@@ -11,9 +11,9 @@ import signal
 import threading
 import time
 import traceback
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from multiprocessing import connection
 from multiprocessing.process import BaseProcess
 from statistics import median
@@ -29,8 +29,8 @@ from peftsweep.errors import Unwritable
 from peftsweep.evaluation.isolation import Resources, process_state_kept
 from peftsweep.observe import measure
 from peftsweep.observe.display import Display, Observer, TrialView
-from peftsweep.study import claims, store
-from peftsweep.study.record import Result, Status, last_attempt_seconds
+from peftsweep.study import claims, store, sweep_record
+from peftsweep.study.record import Result, Status
 from peftsweep.sweep import pack as sweep_pack
 from peftsweep.sweep import packing, processes
 from peftsweep.training import graphs
@@ -57,6 +57,7 @@ class Options:
     pack: int | None = None  # most trials that are trained together on one base; null: each alone
     probe: bool = False  # time some steps first, and train together only if that is faster
     measure: bool = False  # afterwards take some steps of each packed trial alone, to measure its speed and memory
+    at_once: int = 1  # workers on one device, at most; no key, but what follows from workers and devices
 
 
 def run(trials: Sequence[Trial], options: Options, budget: Budget, display: Display) -> Iterator[tuple[Trial, Result]]:
@@ -73,9 +74,10 @@ def run(trials: Sequence[Trial], options: Options, budget: Budget, display: Disp
         return
     places = processes.places(options.workers, options.devices, [one.config.device for one in trials])
     threads = measure.threads_each(len(places)) if places[0] == processes.CPU else None
-    pool: list[_Worker] = []
+    used, pool = places[: len(jobs)], list[_Worker]()
+    options = replace(options, at_once=max(Counter(used).values(), default=1))
     try:
-        pool += [_Worker(place, threads) for place in places[: len(jobs)]]
+        pool += [_Worker(place, threads) for place in used]
         yield from _in_pool(deque(jobs), pool, budget, display, options)
     except KeyboardInterrupt:
         _cancel(pool)
@@ -171,10 +173,10 @@ class Budget:
         self._started -= count
 
     def spend(self, result: Result) -> None:
-        """Note the seconds of a trial that has ended."""
-        self._took.append(last_attempt_seconds(result))
+        """Note the seconds of a trial that has ended; those of a pack are divided among its trials."""
+        self._took.append(seconds := sweep_record.last_attempt_seconds(result) / sweep_record.pack_size(result))
         if expected := self.expected.get(result.run_info.get("identity", "")):
-            self._off.append(last_attempt_seconds(result) / expected)
+            self._off.append(seconds / expected)
 
     def estimate(self, job: Sequence[Trial] = ()) -> float:
         """The expected seconds of a job: predicted seconds times the median ratio of measured to predicted ones.
@@ -184,7 +186,7 @@ class Budget:
         known = [self.expected[one.identity] for one in job if one.identity in self.expected]
         if known and len(known) == len(job):
             return sum(known) * (median(self._off) if self._off else 1.0)
-        return median(self._took) if self._took else 0.0
+        return max(1, len(job)) * median(self._took) if self._took else 0.0
 
 
 # ---- the parent's side -----------------------------------------------------------------------------
@@ -415,7 +417,7 @@ def serve(channel: Channel, threads: int | None) -> None:
         try:
             job, options = channel.recv()
             outcome = _in_worker(job, options, channel, resources)
-            spent = _device_broken() or resources.are_lost()
+            spent = graphs.device_is_broken() or resources.are_lost()
             channel.send(("last" if spent else "end", *outcome))  # else the parent would give it the next trial
         except (EOFError, OSError, KeyboardInterrupt):
             return
@@ -423,21 +425,12 @@ def serve(channel: Channel, threads: int | None) -> None:
             return
 
 
-def _device_broken() -> bool:
-    """Whether this process cannot use its GPU any more, after an illegal address or a failed capture."""
-    try:
-        if torch.cuda.is_initialized():
-            torch.cuda.synchronize()
-    except RuntimeError:
-        return True
-    return graphs.has_failed()
-
-
 def _in_worker(job: Job, options: Options, channel: Channel, resources: Resources) -> tuple[str, str]:
     """Run a job; returns "done" if its records were written, else the reason for a missing record, and a message."""
     reporters = [_Reporter(channel, number) for number in range(len(job))]
     try:
         with process_state_kept():
+            os.environ[sweep_record.AT_ONCE] = str(options.at_once)
             _run_job([configuration.with_rows(one) for one in job], reporters, options)
     except claims.Claimed as claimed:
         return "claimed", str(claimed)

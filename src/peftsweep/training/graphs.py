@@ -102,3 +102,13 @@ def error_if_host_waits(device: torch.device) -> Iterator[None]:
 def is_wait(error: RuntimeError) -> bool:
     """Whether this is the error of ``error_if_host_waits``."""
     return "synchronizing" in str(error)
+
+
+def device_is_broken() -> bool:
+    """Whether this process cannot use its GPU any more, after an illegal address or a failed capture."""
+    try:
+        if torch.cuda.is_initialized():
+            torch.cuda.synchronize()
+    except RuntimeError:
+        return True
+    return has_failed()

@@ -23,7 +23,7 @@ from peftsweep.observe.display import Observer
 from peftsweep.observe.measure import Meter, out_of_memory, percentile
 from peftsweep.observe.tracker import Tracker
 from peftsweep.schema import Config
-from peftsweep.study import claims, record, store
+from peftsweep.study import claims, record, store, sweep_record
 from peftsweep.study.atomic import make_way, persistently, remove_partials
 from peftsweep.study.reading import Unreadable, read_text
 from peftsweep.study.record import Result, Status
@@ -195,6 +195,7 @@ def begin(trial: Trial, place: Path) -> Result:
         record.write_text(place / name, text)
     on_gpu = model.device(trial.config.device).type == "cuda"
     about = record.environment(gpus=on_gpu)
+    about["system"][sweep_record.AT_ONCE_KEY] = sweep_record.trials_at_once()
     return Result(run_info(trial, place), trial.choices, trial.tree, meta_info=about)
 
 

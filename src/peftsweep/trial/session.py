@@ -170,7 +170,8 @@ class Session:
         elif earlier:
             self._restore((earlier.folder or self.place) / store.ADAPTER)
             info |= earlier.train_info | {"trained_by": earlier.trial}
-            info.pop("profile", None)  # which is the earlier trial's own
+            for own in ("profile", "predicted"):  # which are the earlier trial's own
+                info.pop(own, None)
             self.result.memory["train"] = earlier.memory["train"]
         else:
             self._attach()

@@ -16,6 +16,7 @@ from peftsweep.errors import InputError, SweepFailed
 from peftsweep.limits import LARGEST_SEED
 from peftsweep.study import record
 from peftsweep.study.store import LEAGUE, TUNE
+from peftsweep.study.sweep_record import pack_size
 from peftsweep.tuning import decision, search
 from peftsweep.tuning import finals as statistics
 from peftsweep.tuning.budget import BudgetAccount, parse
@@ -409,7 +410,7 @@ def _costs(trials: Trials, contestant: str) -> dict[str, Any]:
     return {
         "trials": begun,
         "steps": sum(int(one.get("steps", 0)) for one in info),
-        "seconds": sum(float(one.run_info.get("total_seconds", 0.0)) for one in own.values()),
+        "seconds": sum(float(one.run_info.get("total_seconds", 0.0)) / pack_size(one) for one in own.values()),
         "trainable_parameters": max((int(one.get("trainable_parameters", 0)) for one in info), default=0),
     }
 

@@ -16,6 +16,7 @@ from peftsweep.study import record
 from peftsweep.study.reading import Unreadable
 from peftsweep.study.record import Result, Status
 from peftsweep.study.rungs import TRAINED_STATUSES, course
+from peftsweep.study.sweep_record import last_attempt_seconds
 from peftsweep.tuning.budget import BudgetAccount
 from peftsweep.tuning.finals import BaseScore, Judged
 from peftsweep.tuning.search import Point, Scores, Spent, Until
@@ -81,7 +82,7 @@ class Trials:
             if ended.trial in others and point not in self.results:
                 self.account.mark_free(point)
             self.results[point] = ended
-            self.account.add_seconds(until, record.last_attempt_seconds(ended))
+            self.account.add_seconds(until, last_attempt_seconds(ended))
             if (value := self._value(ended, until)) is not None and math.isfinite(value):
                 self.scores[point, until] = self.plan.sign * value
                 return

@@ -288,10 +288,10 @@ def _cost_sentences(task: Task, costs: Costs) -> Iterator[str]:
     if ranges := [f"{name} {low} to {high}" for name, low, high in ends if low != high]:
         yield f"All {words.plural('configuration', len(task.configurations))}: {', '.join(ranges)}."
     timed = [one for one in costs.costs if one.unit == "seconds" and one.lowest != one.highest]
-    if timed and not task.one_place(task.configurations.index[task.configurations["n"] > 0]):
+    if timed and task.several_places:
         yield (
-            f"**Seconds of several devices** ({'; '.join(sorted(set(task.places) - {''}))}): a difference may be the "
-            "devices', and only configurations that ran on one of them are compared by their speed."
+            f"**Seconds of several devices or conditions** ({task.several_places}): a difference may be theirs, and "
+            "only configurations that ran under the same are compared by their speed."
         )
     if columns.measured(task.table, columns.PREDICTION_ERROR):
         median = float(task.table[columns.PREDICTION_ERROR].dropna().astype(float).median())

@@ -289,6 +289,13 @@ def with_caption(figure: Any, rows: pd.DataFrame, note: str = "") -> Any:
     return figure
 
 
+def of_several_places(rows: pd.DataFrame, shown: Sequence[str | Cost]) -> str:
+    """A note that seconds cannot be compared, as they are of several devices; empty where none is ``shown``."""
+    places = rows.attrs.get("places", "")
+    timed = any(isinstance(one, Cost) and one.unit == "seconds" for one in shown)
+    return f"seconds of several devices or conditions, not to be compared: {places}" if places and timed else ""
+
+
 def name_points(ax: Any, x: Any, y: Any, names: Any, all_x: Any, all_y: Any) -> None:
     """Write the name of each point where it covers no name and little else, as near as there is room; or not at all.
 

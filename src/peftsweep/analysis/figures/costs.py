@@ -16,6 +16,7 @@ from peftsweep.analysis.figures.axes import (
     add_legend,
     draw_facets,
     new_figure,
+    of_several_places,
     room_for_names,
     series_labels,
     series_styles,
@@ -38,7 +39,7 @@ def latency(merged: pd.DataFrame) -> Any:
     prefix = "generation_info.{}.{}."
     largest = max(rows[prefix.format(kind, "adapted") + "seconds_p50"].max() for kind in kinds)
     factor, time_name = time.scale(largest)
-    parts = []
+    drawn = []
     for kind, variant in itertools.product(kinds, ("base", "adapted", "merged")):
         column = prefix.format(kind, variant) + "seconds_p50"
         overhead = prefix.format(kind, variant) + "overhead."
@@ -47,14 +48,15 @@ def latency(merged: pd.DataFrame) -> Any:
         of = rows if variant != "base" else _bases(rows, column)
         series = of["label"] + f", {variant}" if variant != "base" else of["label"]
         plain = {"x": kind, "series": series, "mark": ""}
-        parts.append(pd.DataFrame({"value": of[column] / factor, "panel": time_name, **plain}))
+        drawn.append(pd.DataFrame({"value": of[column] / factor, "panel": time_name, **plain}))
         if overhead + "value" in of:
             known = [part for part in ("value", "low", "high") if overhead + part in of]  # few runs have no interval
             percent = {part: (of[overhead + part].astype(float) - 1) * 100 for part in known}
-            parts.append(pd.DataFrame({**percent, "panel": over, **plain}))
-    long = pd.concat(parts).reindex(columns=["panel", "series", "x", "value", "low", "high", "mark"])
+            drawn.append(pd.DataFrame({**percent, "panel": over, **plain}))
+    long = pd.concat(drawn).reindex(columns=["panel", "series", "x", "value", "low", "high", "mark"])
     long["x"] = pd.Categorical(long["x"], kinds, ordered=True)
-    note = f"{chosen}; bars: 95% interval over paired runs".removeprefix("; ")
+    parts = [chosen, "bars: 95% interval over paired runs", of_several_places(merged, [time])]
+    note = "; ".join(filter(None, parts))
     return draw_facets(long, series_styles(list(long["series"])), "category of prompts", rows, joined=True, note=note)
 
 

@@ -35,6 +35,7 @@ from peftsweep.analysis.figures.axes import (
     log_axis,
     name_points,
     new_figure,
+    of_several_places,
     panel_rows,
     room_for_names,
     series_labels,
@@ -191,6 +192,7 @@ def _configurations(task: Task, title: str) -> pd.DataFrame:
     merged = merged.assign(**columns_by_name)
     moving = {factor: [plan.names.key(key) for key in plan.moving(factor)] for factor in (RANK, QUANT, TARGETS)}
     merged.attrs |= {"factors": plan.factors, "task": title, "moving": moving, "weighed": task.weighed_costs}
+    merged.attrs["places"] = task.several_places
     return merged
 
 
@@ -236,6 +238,7 @@ def _scores_over_factor(merged: pd.DataFrame, factor: str, shown: Sequence[str |
     styles = series_styles(list(series), best)
     moving = ", ".join(merged.attrs["moving"].get(factor, []))
     note = SPREADS + (f"; together with the {columns.factor_name(factor)} changed {moving}" if moving else "")
+    note = "; ".join(filter(None, [note, of_several_places(merged, shown)]))
     return draw_facets(long, styles, columns.factor_name(factor), merged, bases=bases, joined=numeric, note=note)
 
 
@@ -325,7 +328,7 @@ def bars(merged: pd.DataFrame, cost: Cost) -> Any:
     ax.margins(x=0.14)
     ax.set_xlabel(name)
     lines = "lines: standard deviation over seeds" if merged["n"].max() > 1 else ""
-    return with_caption(figure, merged, "; ".join(filter(None, [chosen, lines])))
+    return with_caption(figure, merged, "; ".join(filter(None, [chosen, lines, of_several_places(merged, [cost])])))
 
 
 def parameters(merged: pd.DataFrame) -> Any:

@@ -41,7 +41,10 @@ EFFECTS = (
 RETURNS = ("level", "value", "gain", "gain_low", "gain_high", "difference", "low", "high", "p_adjusted", "verdict")
 STEP = ("step", "step_low", "step_high", "step_p")
 # Where a trial ran, which decides what it costs.
-PLACE = ("config.device", "meta_info.torch.gpus", "meta_info.system.processor", "run_info.host")
+PLACE = (
+    *("config.device", "meta_info.torch.gpus", "meta_info.system.processor", "run_info.host"),
+    *(columns.AT_ONCE, *map(columns.VERSION.format, columns.VERSIONS)),
+)
 
 
 @dataclass(frozen=True)

@@ -13,12 +13,14 @@ from peftsweep.analysis.statistics import comparisons, effects, stats, trials
 from peftsweep.analysis.statistics.effects import Moved
 from peftsweep.analysis.statistics.measured import Measured
 from peftsweep.analysis.table import columns
+from peftsweep.analysis.table.columns import SEVERAL
 from peftsweep.analysis.table.naming import Names
 from peftsweep.study.record import Status
 
 ENDED_BADLY = (Status.failed.name, Status.oom.name, Status.stopped.name)  # which may say something of a configuration
 TEST = "config.halving.test"  # whether a trial goes on to its test rows
 NO_NUMBER = "without a finite score"
+MOST_PLACES = 4  # devices that are named where trials ran on several
 SHOWN_MEMORY = tuple(memory.column for memory in columns.MEMORY)  # the first that is known
 
 
@@ -187,22 +189,30 @@ class Task:
 
     @cached_property
     def places(self) -> pd.Series[str]:
-        """The devices that the successful trials of each configuration ran on, joined by +; empty: none is known."""
+        """The devices that the successful trials of a configuration ran on, joined by ``SEVERAL``; empty: unknown."""
         good = self.table[self.table[trials.SUCCESS] == Status.success.name]
-        ran = columns.devices(good).groupby(good["configuration"]).agg(lambda own: "+".join(sorted(set(own))))
+        ran = columns.devices(good).groupby(good["configuration"]).agg(lambda own: SEVERAL.join(sorted(set(own))))
         return ran.reindex(self.configurations.index).fillna("")
 
     def one_place(self, numbers: pd.Index[Any]) -> bool:
         """Whether these configurations ran on one kind of device, so that their seconds can be compared."""
         found = self.places[numbers]
-        return found.nunique() <= 1 and not found.str.contains("+", regex=False).any()
+        return found.nunique() <= 1 and not found.str.contains(SEVERAL, regex=False).any()
+
+    @cached_property
+    def several_places(self) -> str:
+        """The devices that the successful trials ran on, if their seconds cannot be compared; else empty."""
+        if self.one_place(self.configurations.index[self.configurations["n"] > 0]):
+            return ""
+        every = sorted({place for found in self.places for place in found.split(SEVERAL)} - {""})
+        more = [f"{len(every) - MOST_PLACES} more"] if len(every) > MOST_PLACES else []
+        return "; ".join([*every[:MOST_PLACES], *more])
 
     @cached_property
     def weighed_costs(self) -> list[columns.Cost]:
         """The known costs that a frontier weighs against scores: not seconds of several devices."""
-        configs = self.configurations
-        in_seconds = self.one_place(configs.index[configs["n"] > 0])
-        return [cost for cost in columns.costs(configs) if in_seconds or cost.unit != "seconds"]
+        found = columns.costs(self.configurations)
+        return [cost for cost in found if not self.several_places or cost.unit != "seconds"]
 
     @cached_property
     def memory(self) -> str | None:

@@ -13,6 +13,7 @@ from peftsweep.analysis.table import naming
 from peftsweep.analysis.table.naming import Names
 from peftsweep.study.record import HEADLINE, Status
 from peftsweep.study.scores import TEXT_METRICS, is_minimized
+from peftsweep.study.sweep_record import AT_ONCE_KEY
 
 STATUS, WARNINGS, TARGETS = "run_info.status", "run_info.warnings", "choices.targets"
 RANK, METHOD, QUANT = naming.RANK, naming.METHOD, naming.QUANT
@@ -81,6 +82,10 @@ NAMES = {
 }
 # The device that a trial ran on, and of a CPU the threads.
 GPUS, PROCESSOR, THREADS = "meta_info.torch.gpus", "meta_info.system.processor", "meta_info.torch.threads"
+AT_ONCE, TRAINED_BY = f"meta_info.system.{AT_ONCE_KEY}", "train_info.trained_by"
+VERSION = "meta_info.packages.{}.version"
+VERSIONS = ("torch", "transformers", "peft", "bitsandbytes")  # packages that decide how long a step takes
+SEVERAL = " + "  # between the devices of one trial or configuration
 LATENCY = Cost("generation_info.overall.adapted.seconds_p50", "generation of a text, median", "seconds")
 
 
@@ -175,7 +180,8 @@ def devices(table: pd.DataFrame) -> pd.Series[str]:
     """The device that each trial ran on, as far as it is recorded: the GPUs, or else the CPU and its threads.
 
     Seconds can be compared on one device alone; hosts with the same device count as one, and so do several GPUs of one
-    model, as a trial runs on one of them.
+    model, as a trial runs on one of them. So the text also says how many trials shared the device, if they were
+    several, and the versions of packages of which ``table`` has several.
     """
     gpus, processor, threads = (
         table[c].astype("string").fillna("") if c in table else pd.Series("", table.index, dtype="string")
@@ -185,7 +191,27 @@ def devices(table: pd.DataFrame) -> pd.Series[str]:
     names = gpus.str.strip("[]").str.replace('"', "").str.split(", ")
     models = names.map(lambda all_names: ", ".join(dict.fromkeys(all_names)))
     found: pd.Series[str] = on_cpu.where(gpus.isin(["", "[]", "[null]"]), models)
-    return found
+    parts = [table[AT_ONCE].map(_at_once, na_action="ignore")] if AT_ONCE in table else []
+    for package in VERSIONS:
+        column = VERSION.format(package)
+        if column in table and table[column].nunique() > 1:
+            parts.append(f", {package} " + table[column].astype("string"))
+    for part in parts:
+        found = found.where(found.eq(""), found + part.astype("string").fillna(""))
+    return _with_trained_by(table, found)
+
+
+def _with_trained_by(table: pd.DataFrame, found: pd.Series[str]) -> pd.Series[str]:
+    """The devices; of a trial that took an adapter trained on another, both, joined by ``SEVERAL``."""
+    if TRAINED_BY not in table or "run_info.trial" not in table or table[TRAINED_BY].isna().all():
+        return found
+    by_name = dict(zip(table["run_info.trial"], found, strict=True))
+    trained = table[TRAINED_BY].map(by_name, na_action="ignore").astype("string").fillna("")
+    return found.where(trained.eq("") | trained.eq(found), trained + SEVERAL + found)
+
+
+def _at_once(count: int) -> str:
+    return f", {count} at once" if count > 1 else ""
 
 
 # ---- what was varied -------------------------------------------------------------------------------
