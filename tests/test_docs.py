@@ -253,16 +253,21 @@ def test_a_key_is_explained_with_type_range_and_default() -> None:
     ("word", "begins", "holds"),
     [
         ("eval.perplexity", "eval=perplexity: Perplexity of the answers", "eval.perplexity.samples: int or null"),
-        ("perplexity", "eval=perplexity: Perplexity of the answers", "eval.perplexity.samples: int or null"),
-        ("lora", "method=lora: LoRA", "method.r: int, at least 1"),
         ("method=ia3,lora", "method=ia3: (IA)^3", "method.init_ia3_weights: bool"),
         ("4bit", "quant=4bit: NF4", "quant.load_in_4bit: ; default true"),
-        ("quick", "train=quick: A short run", "peftsweep --help train"),
         ("tiny_math", "dataset=tiny_math: Stories", "\neval=tiny_math: Greedy generation"),
-        ("slurm", "hydra/launcher=slurm: One SLURM job", "hydra.launcher.partition"),
         ("launcher", "hydra/launcher=local: Warm worker", "hydra.launcher.workers"),
         ("sweep=tune", "sweep=tune: Which learning rate", ""),
         ("train.steps=5", "train.steps: int, at least 0", ""),
+        *(  # options of other groups by their names alone, which are found as 4bit is
+            pytest.param(*case, marks=pytest.mark.slow)
+            for case in (
+                ("perplexity", "eval=perplexity: Perplexity of the answers", "eval.perplexity.samples: int or null"),
+                ("lora", "method=lora: LoRA", "method.r: int, at least 1"),
+                ("quick", "train=quick: A short run", "peftsweep --help train"),
+                ("slurm", "hydra/launcher=slurm: One SLURM job", "hydra.launcher.partition"),
+            )
+        ),
     ],
 )
 def test_an_option_is_explained_with_its_keys_however_it_is_named(word: str, begins: str, holds: str) -> None:
@@ -273,7 +278,13 @@ def test_an_option_is_explained_with_its_keys_however_it_is_named(word: str, beg
 
 
 @pytest.mark.parametrize(
-    ("word", "meant"), [("lroa", "lora"), ("perplexty", "perplexity"), ("method=lroa", "lora"), ("metod", "method")]
+    ("word", "meant"),
+    [
+        ("lroa", "lora"),
+        pytest.param("perplexty", "perplexity", marks=pytest.mark.slow),  # an option, as the one above
+        ("method=lroa", "lora"),
+        ("metod", "method"),
+    ],
 )
 def test_a_word_that_is_misspelled_names_the_one_that_is_meant(word: str, meant: str) -> None:
     with pytest.raises(errors.InputError, match=f"^{word}: no such .*; did you mean '{meant}'"):

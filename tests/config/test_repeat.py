@@ -171,7 +171,11 @@ def test_a_trial_is_run_again_from_its_record_alone(run_small: Run, command: Com
         "train.steps=2",
     ]
     before = run_small(
-        *words, "eval=[tiny_math,perplexity]", "eval.tiny_math.samples=6", "dataset.prompt='Q {question}'"
+        *words,
+        "eval=[tiny_math,perplexity]",
+        "eval.tiny_math.samples=2",
+        "eval.tiny_math.max_new_tokens=6",
+        "dataset.prompt='Q {question}'",
     )
     assert before.folder is not None
     original = (before.folder / "result.json").read_bytes()

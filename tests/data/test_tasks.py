@@ -199,7 +199,15 @@ def test_a_trial_on_lm_eval_tasks_of_its_own() -> None:
     }
     Path("tasks/own_piqa.yaml").write_text(yaml.safe_dump(own))
     words = ["eval=[lm_eval]", "eval.lm_eval.tasks=[own_piqa]", f"eval.lm_eval.include_path={Path('tasks').resolve()}"]
-    result = cli.run_one([*words, "device=cpu", "train.steps=2", "dataset.samples=32", "adapter.check=false"])
+    few = [
+        "device=cpu",
+        "train.steps=1",
+        "dataset.samples=16",
+        "train.batch_size=4",
+        "targets=q",
+        "adapter.check=false",
+    ]
+    result = cli.run_one([*words, *few])
     assert result.error is None
     assert {"own_piqa_acc", "base_own_piqa_acc"} <= set(result.eval_info["lm_eval"])
 

@@ -207,7 +207,8 @@ def test_the_whole_is_the_mean_over_the_categories() -> None:
     clock.runs_on(base, 8.0, 1.0)
     clock.runs_on(adapted, 16.0, 2.0)
     categories = {"short": {"new_tokens": 5}, "medium": {"new_tokens": 9}, "long": {"new_tokens": 3000}}
-    found = run({"base": base, "adapted": adapted}, categories=categories, runs=3, merge=False, clock=clock).info
+    few: dict[str, Any] = {"runs": 2, "warmup": 0, "merge": False}
+    found = run({"base": base, "adapted": adapted}, categories=categories, clock=clock, **few).info
     assert found["overall"]["categories"] == ["short", "medium"]
     assert found["overall"]["base"]["seconds_mean"] == (12.0 + 16.0) / 2
     assert found["overall"]["base"]["generated_tokens"] == 7

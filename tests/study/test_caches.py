@@ -20,7 +20,7 @@ from peftsweep.config import build, fill, identity
 from peftsweep.config.compose import Trial
 from peftsweep.data import fingerprint, hub
 from peftsweep.evaluation import metrics
-from peftsweep.forecast import forecast, keys
+from peftsweep.forecast import forecast
 from peftsweep.models import model
 from peftsweep.schema import ModelConfig
 from peftsweep.study import record, store
@@ -691,9 +691,11 @@ def test_sizes_are_shared_by_trials_that_train_the_same_parameters(
 
 
 def test_sizes_of_a_method_that_plans_its_ranks_count_the_steps(compose: Compose) -> None:
-    words = [*QUICK, "method=adalora"]
-    assert keys.sizes_key(compose(*words, "train.steps=20")) != keys.sizes_key(compose(*words, "train.steps=30"))
-    assert keys.sizes_key(compose(*QUICK, "train.steps=20")) == keys.sizes_key(compose(*QUICK, "train.steps=30"))
+    def key(*words: str) -> str:
+        return identity.sizes_key(compose(*QUICK, *words))
+
+    assert key("method=adalora", "train.steps=20") != key("method=adalora", "train.steps=30")
+    assert key("train.steps=20") == key("train.steps=30")
 
 
 def test_the_configuration_of_a_local_model_is_read_again_when_its_text_changes(folder: Path) -> None:

@@ -205,6 +205,9 @@ def test_stages_of_rows_train_anew(in_epochs: bool, shares: list[float]) -> None
     assert [stage.end for stage in found] == pytest.approx(shares)
 
 
+# Four more trials, twice. The fast tier has rungs of trials alone, above, and slots that are stopped in a pack and go
+# on (tests/training/test_packed.py).
+@pytest.mark.slow
 def test_rungs_in_packs_are_those_of_the_trials_alone(four_halved: str, command: Command) -> None:
     words = [*FOUR, *HALF, "study=packed", "hydra.launcher.pack=2", "hydra.launcher.workers=0"]
     code, out, err = command(*words)

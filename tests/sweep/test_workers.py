@@ -398,12 +398,14 @@ def test_numbers_do_not_depend_on_the_place_or_on_what_ran_before(quant: str, co
     words = [*UNWRITTEN, "method=pissa,lora", f"quant={quant}", "eval.perplexity.batch_size=8"]
     assert command(*words, "study=warm", "hydra.launcher.workers=1")[0] == 0
     assert command(*words, "study=here")[0] == 0
-    assert command(*words, "study=basic", "hydra/launcher=basic")[0] == 0
-    warm, here, basic = (
+    if quant == "4bit":  # a third place, in the slow tier
+        assert command(*words, "study=basic", "hydra/launcher=basic")[0] == 0
+    warm, here, *others = (
         {name: (scores(one), one.train_info.get("final_loss")) for name, one in records(where).items()}
-        for where in ("warm", "here", "basic")
+        for where in ("warm", "here", *(["basic"] if quant == "4bit" else []))
     )
-    assert warm == here == basic
+    assert warm == here
+    assert all(other == warm for other in others)
     assert len(warm) == 2
 
 

@@ -9,7 +9,7 @@ import pydoc
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from peftsweep import former_names
 from peftsweep.config.evaluations import rows_config, sets_aside
@@ -18,6 +18,9 @@ from peftsweep.data import rows as data_rows
 from peftsweep.data.conversations import reader as conversations
 from peftsweep.schema import Config, DatasetConfig, Init, ModelConfig, OnMissing
 from peftsweep.study import store
+
+if TYPE_CHECKING:
+    from peftsweep.config.compose import Trial
 
 CONVERSATIONS = "peftsweep.data.tasks.messages"  # the first reader of datasets that hold them
 IDENTITY_LENGTH = 10  # hex digits: a study of 10,000 trials has a clash once in 20,000 studies
@@ -37,6 +40,10 @@ FIRST_TRAIN_KEYS = (
     "log_every",
 )
 FIRST_TARGETS_KEYS = ("roles", "modules", "all_linear", "otherwise")
+# Keys of a configuration that change a forecast; the model counts by its content, not by its keys.
+FORECAST_KEYS = ("device", "adapter", "method", "method_inputs", "method_setup", "targets", "quant", "eval", "train")
+RATES = ("learning_rate", "learning_rate_scale", "schedule", "warmup", "weight_decay", "clip")  # do not change memory
+SHAPING = ("optimizer", "optimizer_kwargs", "autocast_adapter_dtype")  # keys of train that change trained parameters
 # Keys of the dataset that choose rows. Of local rows the content is hashed in their place.
 CHOOSES_ROWS = (
     *("name", "path", "test_path", "hub", "hub_config", "revision", "hub_split", "hub_test_split", "generator"),
@@ -267,3 +274,34 @@ def _renamed(target: str, names: Mapping[str, str]) -> str:
 def content_hash(content: Any) -> str:
     """A short hash of plain values and enums."""
     return fingerprint.of_values(content)[:IDENTITY_LENGTH]
+
+
+# ---- the keys of the caches of forecasts ---------------------------------------------------------------
+
+
+def model_key(trial: Trial) -> list[Any]:
+    """The part of a forecast's cache key for the model: its files, its roles, the classes of its head."""
+    model = trial.config.model
+    return [model_identity(model), model.roles, trial.config.dataset.classes]
+
+
+def forecast_keys(trial: Trial) -> dict[str, Any]:
+    """The values of the configuration that change a forecast, without the model."""
+    train = {key: value for key, value in trial.tree["train"].items() if key not in RATES}
+    return {key: trial.tree[key] for key in FORECAST_KEYS} | {"train": train}
+
+
+def sizes_key(trial: Trial) -> str:
+    """The cache key of a trial's sizes: all that changes which parameters are trained, on a base without quantisation.
+
+    Training steps count only for a method that plans its ranks over them, such as AdaLoRA. Of a point, the words that
+    name keys of its method decide which of these keys count.
+    """
+    tree = trial.tree
+    settings = {key: tree[key] for key in ("method", "method_inputs", "method_setup", "targets")}
+    train = {key: tree["train"][key] for key in SHAPING}
+    if hasattr(pydoc.locate(str(trial.config.method.get("_target_"))), "total_step"):
+        train["steps"] = trial.config.train.steps
+    of_point = any(group.startswith("point") for group in trial.choices)
+    words = [word for word in trial.overrides if of_point and word.lstrip("+").startswith("method.")]
+    return content_hash([*model_key(trial), settings, train, of_point, words])

@@ -20,7 +20,7 @@ from peftsweep.config import build, identity
 from peftsweep.config.compose import Trial
 from peftsweep.data.tokens import Tokens
 from peftsweep.evaluation.static_decoding import MIN_NEW_TOKENS
-from peftsweep.forecast import forecast, keys
+from peftsweep.forecast import forecast
 from peftsweep.forecast.history import KINDS, NORMAL_90, History
 from peftsweep.forecast.operations import Ledger
 from peftsweep.forecast.speed import Device
@@ -224,7 +224,7 @@ def _timed(
     *,
     probe: bool,
 ) -> Estimate:
-    model = identity.content_hash([keys.model_key(trial)])
+    model = identity.content_hash([identity.model_key(trial)])
     begun = time.perf_counter()
     first = model not in _MODELS
     may_take = FIRST_SECONDS if first else max(0.0, min(NEXT_SECONDS, MOST_SECONDS - _SPENT[0]))
@@ -331,7 +331,7 @@ def _weights(trial: Trial) -> tuple[int, int]:
         )
         return len(tensors), sum(one.numel() * one.element_size() for one in tensors)
 
-    return once(["weights", keys.model_key(trial)], count)
+    return once(["weights", identity.model_key(trial)], count)
 
 
 def _reading(trial: Trial) -> float:

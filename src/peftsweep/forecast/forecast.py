@@ -21,9 +21,9 @@ from peft import PeftModel
 
 from peftsweep.config import build, checks, identity
 from peftsweep.config.compose import Trial
+from peftsweep.config.identity import RATES, forecast_keys, model_key, sizes_key
 from peftsweep.data.tokens import Tokens
 from peftsweep.errors import InputError
-from peftsweep.forecast.keys import RATES, forecast_keys, model_key, sizes_key
 from peftsweep.forecast.predict import Prediction, Shape, predict, shapes, skeleton
 from peftsweep.models import compatibility, coverage, parts, probe, saved
 from peftsweep.models import model as models_model

@@ -15,7 +15,7 @@ import torch
 from peftsweep.config import identity
 from peftsweep.config.compose import Trial
 from peftsweep.errors import InputError
-from peftsweep.forecast import duration, forecast, history, keys, speed
+from peftsweep.forecast import duration, forecast, history, speed
 from peftsweep.forecast.duration import NOTHING, Estimate, Span
 from peftsweep.forecast.work import number_of_steps
 from peftsweep.models import model
@@ -57,7 +57,7 @@ class Timing:
         if one.identity not in self._estimates:
             with streams.without_warnings(), measure.threads(self._threads):
                 found = duration.estimate(one, self.device, self.history)
-            key = identity.content_hash([*keys.model_key(one), one.config.quant, one.tree["eval"]])
+            key = identity.content_hash([*identity.model_key(one), one.config.quant, one.tree["eval"]])
             span = found.spans.get("evaluate")
             if span is not None and key in self._based:
                 share = 1 - found.baseline.seconds / span.seconds if span.seconds else 1.0
@@ -171,7 +171,7 @@ class Timing:
 
     def _job(self, job: Sequence[Trial], found: Sequence[Estimate], loaded: set[str]) -> Span:
         parts = {kind: [one.spans[kind] or NOTHING for one in found] for kind in history.KINDS}
-        base = identity.content_hash([*keys.model_key(job[0]), job[0].config.quant])
+        base = identity.content_hash([*identity.model_key(job[0]), job[0].config.quant])
         load = parts["load"][0] if base not in loaded or len(job) > 1 else parts["load"][0].times(0.5)
         loaded.add(base)
         own = sum((span for kind in ("evaluate", "save") for span in parts[kind]), NOTHING)

@@ -26,7 +26,7 @@ from peftsweep.errors import InputError
 from peftsweep.evaluation import evaluate, likelihood
 from peftsweep.evaluation.static_decoding import may_suit
 from peftsweep.evaluation.text import overlap
-from peftsweep.forecast import forecast, keys
+from peftsweep.forecast import forecast
 from peftsweep.forecast.operations import Ledger
 from peftsweep.forecast.predict import Shape
 from peftsweep.forecast.trace import Step, Tracer
@@ -44,7 +44,7 @@ RANKS = ("r", "lora_alpha", "lora_dropout", "init_r", "target_r")  # keys in whi
 MOST_BATCHES = 2_000  # steps of a run from which the mean batch size is computed
 # Keys of train that change the number of steps, but not the time of a step.
 LENGTHS = (
-    *keys.RATES,
+    *identity.RATES,
     "steps",
     "epochs",
     "eval_every",
@@ -143,9 +143,9 @@ def run_of(
         def read() -> Batches:
             return _batches(build.training_tokens(trial, tokenizer, rows.train), config, 0)
 
-        train = {key: value for key, value in trial.tree["train"].items() if key not in keys.RATES}
+        train = {key: value for key, value in trial.tree["train"].items() if key not in identity.RATES}
         of_rows = [trial.tree["dataset"], rows.fingerprints["train"], train, build.virtual_tokens(trial)]
-        return once(["run", keys.model_key(trial), *of_rows], read), None
+        return once(["run", identity.model_key(trial), *of_rows], read), None
     if tokens:  # the mean batch of seed 0, scaled, so that trials of all seeds share its operations and its records
         usual = _batches(tokens, config, 0)
         own = _batches(tokens, config, trial.config.seed) if trial.config.seed else usual
@@ -185,7 +185,7 @@ def evaluations(
         return {}, "the test rows or the model's tokenizer are not here yet"
     rows, work_by_name = trial.rows, dict[str, EvaluationWork]()
     validate = partial(_validations, trial, rows, tokenizer)
-    own = [keys.model_key(trial), trial.tree["dataset"], rows.fingerprints, build.virtual_tokens(trial)]
+    own = [identity.model_key(trial), trial.tree["dataset"], rows.fingerprints, build.virtual_tokens(trial)]
     for name in trial.config.eval:
         try:
             read = partial(_read_evaluation, trial, name, rows, tokenizer)
@@ -276,9 +276,9 @@ def _in_batches(rows: Sequence[Tokens], size: int) -> list[list[Tokens]]:
 
 def step_key(trial: Trial, run: Batches | None, where: str) -> list[Any]:
     """The values that decide the seconds of a step, except for the device; their hash identifies the step."""
-    tree = {key: trial.tree[key] for key in keys.KEYS if key not in ("device", "eval", "train")}
+    tree = {key: trial.tree[key] for key in identity.FORECAST_KEYS if key not in ("device", "eval", "train")}
     tree["train"] = {key: value for key, value in trial.tree["train"].items() if key not in LENGTHS}
-    return [where, *keys.model_key(trial), tree, asdict(run.shape) if run else None]
+    return [where, *identity.model_key(trial), tree, asdict(run.shape) if run else None]
 
 
 def trace(
