@@ -13,7 +13,7 @@ import pandas as pd
 import pytest
 
 import peftsweep
-from peftsweep.analysis.table import table
+from peftsweep.analysis.table import columns, table
 from peftsweep.analysis.text import words
 from peftsweep.errors import InputError
 from peftsweep.study import store
@@ -219,3 +219,25 @@ def test_no_name_in_a_record_leads_to_a_file_outside_of_its_study(tmp_path: Path
 )
 def test_text_in_markdown_is_text(text: str, shown: str) -> None:
     assert words.escaped(text) == shown
+
+
+def test_an_adapter_that_was_trained_elsewhere_has_the_seconds_of_another_device() -> None:
+    """Its record has the device that it was evaluated on, and the seconds of the trial that trained it."""
+    rows = pd.DataFrame(
+        {
+            "run_info.trial": ["trained", "judged there", "judged elsewhere", "beside others"],
+            "train_info.trained_by": pd.array([None, "trained", "trained", None], dtype="string"),
+            "meta_info.torch.gpus": ['["H100"]', '["H100"]', "[]", '["H100"]'],
+            "meta_info.system.processor": ["EPYC"] * 4,
+            "meta_info.system.trials_at_once": pd.array([1, 1, None, 4], dtype="Int64"),
+            "meta_info.packages.torch.version": ["2.9.1+cu128", "2.9.1+cu128", "2.9.1+cu128", "2.8.0+cu128"],
+        }
+    )
+    newer = ", torch 2.9.1+cu128"
+    assert columns.devices(rows).tolist() == [
+        f"H100{newer}",
+        f"H100{newer}",
+        f"H100{newer} + EPYC{newer}",
+        "H100, 4 at once, torch 2.8.0+cu128",
+    ]
+    assert columns.devices(rows[:2]).tolist() == ["H100", "H100"]
