@@ -57,6 +57,8 @@ BROKEN_WEIGHTS = (OSError, EOFError, SafetensorError, pickle.UnpicklingError)  #
 # Keys of quantization configs for modules that are not quantised.
 SKIPPED = ("llm_int8_skip_modules", "modules_to_not_convert", "skip_modules")
 CLASSES: dict[Task, Any] = {Task.causal_lm: AutoModelForCausalLM, Task.seq_cls: AutoModelForSequenceClassification}
+_LACKING: dict[str, list[str]] = {}  # results of ``check_weights``, by the files and the configuration
+_LIMITS: dict[str, int | None] = {}  # results of ``positions``, by the whole configuration
 
 
 def source(model: ModelConfig) -> str:
@@ -232,9 +234,6 @@ def check_weights(model: ModelConfig, classes: int = 0) -> list[str]:
     return _LACKING[key]
 
 
-_LACKING: dict[str, list[str]] = {}  # by the files and the configuration
-
-
 def made(model: ModelConfig, config: transformers.PreTrainedConfig, **options: Any) -> PreTrainedModel:
     """A model of the configuration ``config`` with random weights, for the task of ``model``.
 
@@ -298,9 +297,6 @@ def positions(model: ModelConfig) -> int | None:
         with torch.device("meta"):
             _LIMITS[key] = token_limit(made(model, copy.deepcopy(config)))
     return _LIMITS[key]
-
-
-_LIMITS: dict[str, int | None] = {}  # by the whole configuration
 
 
 def load_tokenizer(model: ModelConfig, virtual_tokens: int = 0) -> PreTrainedTokenizerBase:
