@@ -18,7 +18,7 @@ import platform
 import statistics
 import time
 from collections import Counter, deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -26,11 +26,9 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.nn import functional
 
-from peftsweep.forecast.allocator import Allocator
 from peftsweep.forecast.operations import Arguments, Ledger, Operation
-from peftsweep.forecast.trace import Sizes, made_optimizer, reference_step
+from peftsweep.forecast.trace import Sizes, layer_operations, made_optimizer, reference_step
 from peftsweep.observe.fast_dtype import cache_folder
 from peftsweep.observe.flops import matmul_ceiling
 from peftsweep.observe.measure import cores, lower_quartile
@@ -405,33 +403,13 @@ def measure(meter: Meter) -> Speed:
     speed.bandwidth = meter.bandwidth(0.1)
     small = torch.ones(8, device=device)
     speed.launch_seconds = meter.best(lambda: small.add_(1.0), 0.01, 1000)
-    for one in _samples(device):
+    for one in layer_operations(DTYPES[device.type], THIN):
         with suppress(Exception):  # an operator that this device lacks
             speed.operations[one.key] = meter.operation(one)
     _calibrate(speed, meter)
     meter.free()
     log.info("measured the speed of %s in %.1f s", name_of(device), time.perf_counter() - begun)
     return speed
-
-
-def _samples(device: torch.device) -> Iterator[Operation]:
-    """The products of a LoRA layer, and the dequantisation of a layer that is stored in 4 and in 8 bits."""
-    import bitsandbytes  # noqa: F401  (it names its operators)
-
-    ledger = Ledger()
-    with Allocator(1, 0, ledger):
-        for name in DTYPES[device.type]:
-            wide, layer = (torch.empty(512, 1024, dtype=getattr(torch, name), device="meta") for _ in range(2))
-            for rank in THIN:
-                low = torch.empty(rank, 1024, dtype=wide.dtype, device="meta")
-                functional.linear(functional.linear(wide, low), low.new_empty(1024, rank))
-            torch.ops.bitsandbytes.dequantize_4bit(  # 64 numbers to a scale, two to a byte
-                layer.new_empty(layer.numel() // 2, 1, dtype=torch.uint8),
-                layer.new_empty(layer.numel() // 64, dtype=torch.float32),
-                *(64, "nf4", list(layer.shape), layer.dtype),
-            )
-            layer.new_empty(layer.shape, dtype=torch.int8) * layer.new_empty(512, 1)
-    yield from ledger.calls
 
 
 def _calibrate(speed: Speed, meter: Meter) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import random
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -15,10 +15,11 @@ from unittest.mock import patch
 import torch
 from peft import LoraConfig, PeftModel
 from torch import nn
+from torch.nn import functional
 
 from peftsweep.data.tokens import Tokens
 from peftsweep.forecast.allocator import META, Allocator, Kernels, as_on_device
-from peftsweep.forecast.operations import Ledger
+from peftsweep.forecast.operations import Ledger, Operation
 from peftsweep.forecast.predict import Shape, meta_batch, skeleton, to_meta
 from peftsweep.models import attach, model, probe
 from peftsweep.models.losses import answer_losses, regularised_loss, row_inputs
@@ -150,6 +151,26 @@ def reference_step(
         return measure.lower_quartile(done.steady_seconds)  # as operations are timed
 
     return step, run
+
+
+def layer_operations(dtypes: Sequence[str], ranks: Sequence[int]) -> Iterator[Operation]:
+    """The products of a LoRA layer, and the dequantisation of a layer that is stored in 4 and in 8 bits."""
+    import bitsandbytes  # noqa: F401  (it names its operators)
+
+    ledger = Ledger()
+    with Allocator(1, 0, ledger):
+        for name in dtypes:
+            wide, layer = (torch.empty(512, 1024, dtype=getattr(torch, name), device="meta") for _ in range(2))
+            for rank in ranks:
+                low = torch.empty(rank, 1024, dtype=wide.dtype, device="meta")
+                functional.linear(functional.linear(wide, low), low.new_empty(1024, rank))
+            torch.ops.bitsandbytes.dequantize_4bit(  # 64 numbers to a scale, two to a byte
+                layer.new_empty(layer.numel() // 2, 1, dtype=torch.uint8),
+                layer.new_empty(layer.numel() // 64, dtype=torch.float32),
+                *(64, "nf4", list(layer.shape), layer.dtype),
+            )
+            layer.new_empty(layer.shape, dtype=torch.int8) * layer.new_empty(512, 1)
+    yield from ledger.calls
 
 
 def made_optimizer(trained: Sizes, config: TrainConfig, device: torch.device) -> torch.optim.Optimizer:
