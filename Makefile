@@ -8,7 +8,7 @@ BENCHMARKS = loop_overhead inference memory_prediction start_to_end collect_scal
 # Where this is set, each process compiles torch, transformers and peft anew: twice the time of a short command.
 export PYTHONDONTWRITEBYTECODE =
 
-.PHONY: install demo test gpu kernels oldest newest check slow reference docs gallery gallery-quick
+.PHONY: install demo test gpu gpu-bench kernels oldest newest check slow reference docs gallery gallery-quick
 
 install: $(VENV)/installed
 
@@ -24,7 +24,10 @@ demo: install  ## the sweep of the README on the embedded model, then its table 
 test: install  ## the fast tier
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n auto --dist worksteal
 
-gpu: install  ## eight minutes on a GPU: its tests, checks, measurements; ONLY=gpu_tests,packs takes some of them, SKIP= leaves some out
+gpu: install  ## the tests that need a GPU, four at a time on it
+	$(BIN)/python -m pytest -q -m gpu -n 4
+
+gpu-bench: install  ## eight minutes on a GPU: its tests, checks and measurements; ONLY=gpu_tests,packs takes some of them, SKIP= leaves some out
 	$(BIN)/python benchmarks/gpu.py $(if $(ONLY),--only $(ONLY)) $(if $(SKIP),--skip $(SKIP))
 
 # An environment $(1) of the versions that uv resolves to with the options $(2), called $(3) in docs/tested_on.md. torch stays that of constraints.txt:
