@@ -150,9 +150,9 @@ def test_a_process_whose_limits_cannot_be_put_back_is_given_up(monkeypatch: pyte
         raise OSError(errno.EFBIG, "File too large", "multirun/default/x/result.json")
 
     monkeypatch.setattr(workers, "_run_job", full)
-    options: Any = None
-    assert workers._in_worker([], options, options, before)[0] == "unwritable"
-    assert workers._in_worker([], options, options, other)[0] == "broken"
+    channel: Any = None
+    assert workers._in_worker([], workers.Options(), channel, before)[0] == "unwritable"
+    assert workers._in_worker([], workers.Options(), channel, other)[0] == "broken"
 
 
 class Speechless(Exception):

@@ -80,7 +80,7 @@ def planned(command: Command, monkeypatch: pytest.MonkeyPatch) -> Planned:
     def of(*words: str) -> list[Trial]:
         found: list[Trial] = []
         with monkeypatch.context() as patch:
-            patch.setattr(sweep, "_dry_run", lambda trials, options: found.extend(trials))
+            patch.setattr(sweep, "_dry_run", lambda trials, *_: found.extend(trials))
             code, _, err = command(*words, "dry_run=true")
         assert (code, err) == (0, "")
         return found

@@ -25,8 +25,8 @@ from peftsweep.data.batches import Batch, collate
 from peftsweep.data.tokens import Tokens
 from peftsweep.errors import InputError
 from peftsweep.models.losses import answer_losses
-from peftsweep.models.model import keep_weights_unpacked
 from peftsweep.models.parts import as_configured
+from peftsweep.models.quantised.layers import keep_weights_unpacked
 from peftsweep.models.saved import INITIAL
 from peftsweep.study.store import RESIDUAL
 

@@ -40,7 +40,7 @@ from peftsweep.models.parts import (
     text_config,
     text_part,
 )
-from peftsweep.models.quantised.layers import is_quantised, not_quantised
+from peftsweep.models.quantised.layers import is_quantised, keep_weights_unpacked, not_quantised
 from peftsweep.schema import Init, ModelConfig, Task
 from peftsweep.study import store
 
@@ -222,7 +222,10 @@ def check_weights(model: ModelConfig, classes: int = 0) -> list[str]:
     """
     if model.init is Init.random:
         return []
-    folder = Path(source(model)) if is_local(model) else hub.config_of_model(source(model), model.revision).parent
+    try:
+        folder = Path(source(model)) if is_local(model) else hub.config_of_model(source(model), model.revision).parent
+    except Exception:  # of the hub's client: where the files are needed, loading says why they cannot be had
+        return []
     shape = _shape(model, classes)
     states = sorted((file.name, file.stat()) for file in folder.iterdir() if file.is_file())
     held = [(name, state.st_size, state.st_mtime_ns, state.st_ctime_ns) for name, state in states]
@@ -435,15 +438,3 @@ def _random(model: ModelConfig, quantization: Any, where: torch.device, options:
             **options,
         ),
     )
-
-
-def keep_weights_unpacked(base: nn.Module) -> None:
-    """Stop bitsandbytes from repacking 4-bit weights at the first evaluation on an AVX512-BF16 CPU.
-
-    The packed form has no backward: every gradient after an evaluation would be silently wrong, and
-    so would merging and saving.
-    """
-    module: Any
-    for module in base.modules():
-        if hasattr(module, "support_avx512bf16_for_cpu"):
-            module.support_avx512bf16_for_cpu = False

@@ -30,9 +30,9 @@ from transformers.pytorch_utils import Conv1D
 from peftsweep.errors import InputError, first_line, some
 from peftsweep.models.checkpoint.weights import check_end_marks
 from peftsweep.models.losses import METHOD_INPUTS, READS_PADDING
-from peftsweep.models.model import WITH_ADAPTER, is_local, keep_weights_unpacked, source
+from peftsweep.models.model import WITH_ADAPTER, is_local, source
 from peftsweep.models.parts import as_configured, text_config
-from peftsweep.models.quantised.layers import dequantise, is_quantised
+from peftsweep.models.quantised.layers import dequantise, is_quantised, keep_weights_unpacked
 from peftsweep.models.shapes import at_target_rank
 from peftsweep.schema import Init, ModelConfig, Task
 from peftsweep.study.atomic import sync_tree

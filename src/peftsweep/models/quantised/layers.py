@@ -148,3 +148,15 @@ def _store(module: Any, plain: Any, stored: dict[Any, tuple[torch.Tensor, Any]])
         module.state.threshold = 0.0  # the number of outliers depends on the data; they are few
     if plain.bias is not None:
         module.bias = nn.Parameter(plain.bias.detach(), requires_grad=False)
+
+
+def keep_weights_unpacked(base: nn.Module) -> None:
+    """Stop bitsandbytes from repacking 4-bit weights at the first evaluation on an AVX512-BF16 CPU.
+
+    The packed form has no backward: every gradient after an evaluation would be silently wrong, and
+    so would merging and saving.
+    """
+    module: Any
+    for module in base.modules():
+        if hasattr(module, "support_avx512bf16_for_cpu"):
+            module.support_avx512bf16_for_cpu = False
