@@ -163,7 +163,8 @@ def plain_rows(rows: Iterable[Row], short: Mapping[str, str] | None = None) -> l
 def _shortest(value: float | None, kind: str) -> float | None:
     import numpy
 
-    return None if value is None else float(str(getattr(numpy, SHORT_FLOATS[kind])(value)))
+    # Older versions of pyarrow give NumPy's float16, which ``_plain`` does not know.
+    return None if value is None or value != value else float(str(getattr(numpy, SHORT_FLOATS[kind])(value)))
 
 
 def _plain(value: Any, *, listed: bool = False) -> Any:

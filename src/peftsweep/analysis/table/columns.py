@@ -211,7 +211,7 @@ def _with_trained_by(table: pd.DataFrame, found: pd.Series[str]) -> pd.Series[st
 
 
 def _at_once(count: int) -> str:
-    return f", {count} at once" if count > 1 else ""
+    return f", {int(count)} at once" if count > 1 else ""
 
 
 # ---- what was varied -------------------------------------------------------------------------------
