@@ -115,8 +115,11 @@ def quantise_skeleton(base: PreTrainedModel, quantization: Any) -> None:
         stored: dict[Any, tuple[torch.Tensor, Any]] = {}
         with patch.dict(bitsandbytes.functional.name2qmap):  # a cache, which must not keep a meta tensor
             for name, module in base.named_modules():
-                if module is not plain.get(name):
-                    _store(module, plain[name], stored)
+                if isinstance(module, BITSANDBYTES) and module is not (was := plain.get(name)):
+                    if was is None:  # an expert of Llama 4, of which transformers makes layers of their own
+                        sizes = module.in_features, module.out_features, module.bias is not None
+                        was = nn.Linear(*sizes, device="meta", dtype=base.dtype)
+                    _store(module, was, stored)
     else:
         vars(quantizer).setdefault("offload_to_cpu", False)  # torchao sets it when it inspects the machine
         convert = quantizer.get_quantize_ops().convert
