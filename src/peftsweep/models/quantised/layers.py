@@ -109,7 +109,10 @@ def is_wrapper(tensor: Any) -> bool:
 def quantise_skeleton(base: PreTrainedModel, quantization: Any) -> None:
     """Give ``base``, on the meta device, the layers and weights of a base loaded with ``quantization``."""
     plain = dict(base.named_modules())
-    quantizer: Any = AutoHfQuantizer.from_config(quantization)
+    # Only in a checkpoint that is stored in 4 or 8 bits the experts of Llama 4 are layers of their own.
+    stored_so = getattr(base.config, "quantization_config", None) is not None
+    options = {"pre_quantized": stored_so} if quantization.quant_method == "bitsandbytes" else {}
+    quantizer: Any = AutoHfQuantizer.from_config(quantization, **options)
     quantizer.preprocess_model(base, device_map=None)
     if quantization.quant_method == "bitsandbytes":
         stored: dict[Any, tuple[torch.Tensor, Any]] = {}
