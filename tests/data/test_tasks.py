@@ -182,21 +182,24 @@ def test_a_conversation_goes_through_the_chat_template(tokenizer: Any) -> None:
     assert plain.prompt == "<user>Hi<assistant>"
 
 
-def test_a_trial_on_lm_eval_tasks_of_its_own() -> None:
-    pytest.importorskip("lm_eval")
-    Path("tasks").mkdir()
-    rows = schemas.write("piqa", Path()).resolve()
-    own = {
-        "task": "own_piqa",
+def harness_task(metric: dict[str, Any]) -> dict[str, Any]:
+    """A multiple-choice task of lm_eval on local rows, without its name."""
+    return {
         "dataset_path": "json",
-        "dataset_kwargs": {"data_files": {"test": str(rows)}},
+        "dataset_kwargs": {"data_files": {"test": str(schemas.write("piqa", Path()).resolve())}},
         "test_split": "test",
         "output_type": "multiple_choice",
         "doc_to_text": "Question: {{goal}}\nAnswer:",
         "doc_to_target": "label",
         "doc_to_choice": "{{[sol1, sol2]}}",
-        "metric_list": [{"metric": "acc"}],
+        "metric_list": [metric],
     }
+
+
+def test_a_trial_on_lm_eval_tasks_of_its_own() -> None:
+    pytest.importorskip("lm_eval")
+    Path("tasks").mkdir()
+    own = {"task": "own_piqa"} | harness_task({"metric": "acc"})
     Path("tasks/own_piqa.yaml").write_text(yaml.safe_dump(own))
     words = ["eval=[lm_eval]", "eval.lm_eval.tasks=[own_piqa]", f"eval.lm_eval.include_path={Path('tasks').resolve()}"]
     few = [
@@ -215,18 +218,8 @@ def test_a_trial_on_lm_eval_tasks_of_its_own() -> None:
 def test_the_harness_says_how_many_rows_a_group_has_and_which_direction_is_better(base: Any, tokenizer: Any) -> None:
     """It was of 0 rows, by which the interval of its score was 12.7 standard errors wide each way."""
     pytest.importorskip("lm_eval")
-    rows = schemas.write("piqa", Path()).resolve()
     acc = {"metric": "acc", "aggregation": "mean"}
-    own = {
-        "dataset_path": "json",
-        "dataset_kwargs": {"data_files": {"test": str(rows)}},
-        "test_split": "test",
-        "output_type": "multiple_choice",
-        "doc_to_text": "Question: {{goal}}\nAnswer:",
-        "doc_to_target": "label",
-        "doc_to_choice": "{{[sol1, sol2]}}",
-        "metric_list": [acc | {"higher_is_better": True}],
-    }
+    own = harness_task(acc | {"higher_is_better": True})
     Path("tasks").mkdir()
     for name in ("one", "two", "three"):
         Path(f"tasks/own_{name}.yaml").write_text(yaml.safe_dump(own | {"task": f"own_{name}"}))
