@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import io
+import re
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -161,14 +163,16 @@ def test_trials_that_ended_or_begin_again_later_leave_the_table() -> None:
     assert plain(made)[-1].startswith("1 of 2 trials done, 1 failed, 0.0 s")
 
 
-def test_the_log_of_a_failed_trial_is_a_link_in_a_terminal_alone() -> None:
-    for terminal in (True, False):
-        made = shown(1, terminal=terminal)
-        with made.console.capture() as seen:
-            made.trial("one").end(failed(Path("multirun/default/one")))
-        address = Path("multirun/default/one").absolute().as_uri()
-        assert (f";{address}\x1b\\" in seen.get()) is terminal
-        assert "multirun/default/one/trial.log" in seen.get().replace("\x1b]8;;\x1b\\", "")
+@pytest.mark.parametrize("terminal", [True, False])
+@pytest.mark.parametrize("place", [Path, Path.absolute])
+def test_the_log_of_a_failed_trial_is_a_link_in_a_terminal_alone(place: Callable[[Path], Path], terminal: bool) -> None:
+    folder = place(Path("multirun/default/one"))
+    made = shown(1, terminal=terminal)
+    with made.console.capture() as seen:
+        made.trial("one").end(failed(folder))
+    assert (f";{folder.absolute().as_uri()}\x1b\\" in seen.get()) is terminal
+    last = re.sub(r"\x1b\]8;.*?\x1b\\|\x1b\[[0-9;]*m", "", seen.get()).splitlines()[-1]
+    assert last == "    see multirun/default/one/trial.log"
 
 
 def test_an_error_without_a_message_is_told_by_its_type_alone() -> None:

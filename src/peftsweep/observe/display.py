@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 import time
 from collections.abc import Callable, Mapping
+from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
@@ -200,9 +201,15 @@ class TrialView(Observer):
 def _linked(line: str, result: Result) -> Text:
     """The line, with the path of the trial's log as a link to its folder."""
     text = Text(line)
-    if result.folder is not None and (at := line.find(str(result.folder))) >= 0:
+    if result.folder is not None and (at := line.find(str(_shown(result.folder)))) >= 0:
         text.stylize(Style(link=result.folder.absolute().as_uri()), at)
     return text
+
+
+def _shown(folder: Path) -> Path:
+    """The path of a folder from the working directory on, if it lies in it."""
+    here = Path.cwd()
+    return folder.relative_to(here) if folder.is_relative_to(here) else folder
 
 
 def summary(result: Result) -> list[str]:
@@ -213,7 +220,7 @@ def summary(result: Result) -> list[str]:
         kind = "" if result.status is Status.refused else str(result.error["type"])
         lines = [": ".join(filter(None, (f"{result.status.name}{where}", kind, message)))]
         if result.folder is not None and result.status in (Status.failed, Status.oom):
-            lines.append(f"see {result.folder / 'trial.log'}")
+            lines.append(f"see {_shown(result.folder) / 'trial.log'}")
         return lines
     if rung := result.run_info.get("rung"):
         value = "no number" if rung["value"] is None else f"{rung['value']:.4f}"
