@@ -173,7 +173,7 @@ class Measured:
         return np.where(two, [mcnemar(first, second), size * low, size * high], np.nan)
 
     def _with_rows(self, estimate: Floats, by_seeds: Floats, spread: Floats, by_rows: Floats) -> Contrasts:
-        """The contrasts with these parts of their variance; ``spread`` is half the variance of the estimate ``by_seeds``.
+        """The contrasts with these parts of their variance; ``spread`` is half the sampling variance of ``by_seeds``.
 
         The degrees of freedom are Satterthwaite's, at least 1.
         """
