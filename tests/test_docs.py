@@ -315,7 +315,7 @@ def columns(result: Result) -> list[str]:
 @pytest.mark.usefixtures("memory_foreseen")
 def test_every_column_of_a_record_has_a_sentence(run_small: Any) -> None:
     result = run_small("adapter.check=true")
-    assert [column for column in columns(result) if not meanings.column_meaning(column)] == []
+    assert [column for column in columns(result) if not meanings.matches(column, meanings.COLUMNS)] == []
     steps = {key for row in record.read_lines(result.folder / record.STEPS) for key in row}
     assert [key for key in steps if not meanings.matches(key, meanings.STEPS)] == []
     lines = [row for file in (result.folder / "predictions").glob("*.jsonl") for row in record.read_lines(file)]
@@ -328,7 +328,7 @@ def test_every_column_of_a_record_with_all_that_can_be_measured_has_a_sentence(r
     words = ["inference=standard", "inference.samples=1", "inference.runs=2", "inference.batch_sizes=[1]"]
     words += ["inference.categories={short: {new_tokens: 4}, medium: null, long: null}", "profiler=torch"]
     words += ["profiler.sizes=[64]", "adapter.check=true", "adapter.merge=true", "quant=4bit", "train.compile=eager"]
-    assert [column for column in columns(run_small(*words)) if not meanings.column_meaning(column)] == []
+    assert [column for column in columns(run_small(*words)) if not meanings.matches(column, meanings.COLUMNS)] == []
 
 
 def test_help_of_a_key_is_printed_and_of_no_key_is_one_line(command: Any) -> None:

@@ -16,7 +16,7 @@ from rich.markup import escape
 from rich.table import Table as Grid
 
 from peftsweep.analysis.answer import render, tables
-from peftsweep.analysis.answer.structure import Answer, Column, Table
+from peftsweep.analysis.answer.structure import Answer, Table
 from peftsweep.analysis.statistics import trials as statistics_trials
 from peftsweep.analysis.statistics.task import memory_of
 from peftsweep.analysis.table import columns
@@ -147,11 +147,10 @@ def print_study(table: pd.DataFrame, name: str, answer: Answer, *, of: int) -> N
 
 def _answer_columns(table: Table) -> list[Shown]:
     """The columns of a table of the answer, without intervals."""
-    plain = [Column(column.key, column.title, column.unit) for column in table.columns]
     rows = [{key: value for key, value in row.items() if not key.endswith((".low", ".high"))} for row in table.rows]
     return [
         Shown(column.title, [render.cell(row, column) for row in rows[:SHOWN]], place)
-        for place, column in enumerate(plain)
+        for place, column in enumerate(table.columns)
     ]
 
 

@@ -8,10 +8,6 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
-from peftsweep.data.files import FORMATS as FORMATS
-from peftsweep.data.files import Row as Row
-from peftsweep.data.files import read_rows as read_rows
-
 if TYPE_CHECKING:
     import torch
 from peftsweep.data.tokens import Tokens

@@ -34,6 +34,7 @@ FORMATS = (
 )  # also in capitals; all but .parquet also with .gz
 PLAIN = (".txt", ".md")  # read as paragraphs
 SHOWN = 4  # files of a folder that a message names
+FIRST_ROWS = 100  # by which the layout of a file is recognised
 BEGINNING = 2**20  # bytes of a large file that are read for its first rows
 # Types of floats of fewer bits than Python's, as Arrow and the library datasets call them -> their names in NumPy.
 SHORT_FLOATS = {"float": "float32", "halffloat": "float16", "float32": "float32", "float16": "float16"}
@@ -95,8 +96,8 @@ def format_of(path: str | Path) -> str:
     return Path(file.stem if file.suffix.lower() == ".gz" else file.name).suffix.lower()
 
 
-def first_rows(path: str | Path, key: str = "path", encoding: str | None = None, count: int = 100) -> list[Row]:
-    """The first rows of a local file, or the first one that ``path`` matches, up to ``count``.
+def first_rows(path: str | Path, key: str = "path", encoding: str | None = None) -> list[Row]:
+    """The first rows of a local file, or the first one that ``path`` matches, up to ``FIRST_ROWS``.
 
     Of a large file only its beginning is read.
 
@@ -105,19 +106,21 @@ def first_rows(path: str | Path, key: str = "path", encoding: str | None = None,
     """
     file, suffix = next(iter(matching(path)), Path(path)), format_of(path)
     if not file.is_file() or suffix not in (".jsonl", ".csv", ".tsv", ".parquet"):
-        return read_rows(file, key, encoding)[:count]
+        return read_rows(file, key, encoding)[:FIRST_ROWS]
     try:
         if suffix == ".parquet":
             import pyarrow.parquet
 
-            table = next(pyarrow.parquet.ParquetFile(file).iter_batches(count))
+            table = next(pyarrow.parquet.ParquetFile(file).iter_batches(FIRST_ROWS))
             return _arrow_rows(table)
         with gzip.open(file) if file.suffix.lower() == ".gz" else file.open("rb") as stream:
             beginning = stream.read(BEGINNING)
         lines = beginning if len(beginning) < BEGINNING else beginning.rpartition(b"\n")[0]
-        return _READERS[suffix](_decoded(lines, encoding, key))[:count] or read_rows(file, key, encoding)[:count]
+        return (
+            _READERS[suffix](_decoded(lines, encoding, key))[:FIRST_ROWS] or read_rows(file, key, encoding)[:FIRST_ROWS]
+        )
     except (ValueError, LookupError, OSError, EOFError, StopIteration, zlib.error):
-        return read_rows(file, key, encoding)[:count]  # raises the error, or reads a row that is cut at BEGINNING
+        return read_rows(file, key, encoding)[:FIRST_ROWS]  # raises the error, or reads a row that is cut at BEGINNING
 
 
 def no_file(path: Path, hint: str = "") -> str:

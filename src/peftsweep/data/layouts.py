@@ -102,7 +102,7 @@ def recognise(rows: Sequence[Row]) -> Layout | None:
 
     A layout with ``named`` has no keys: that dataset has them.
     """
-    columns = list(dict.fromkeys(column for row in rows for column in row))
+    columns = _columns(rows)
     if trees.are_messages(rows) or all(trees.is_tree(row) for row in rows) or _are_turns(rows):
         return Layout("chat")
     if any(_holds_turns(rows, column) for column in CONVERSATIONS if column in columns):
@@ -128,23 +128,20 @@ def recognise(rows: Sequence[Row]) -> Layout | None:
 def _holds_turns(rows: Sequence[Row], column: str) -> bool:
     """Whether a column holds lists of turns, or JSON text; ``conversation`` may also be the name of a plain text."""
     if column == "conversation" and _holds_text(rows, column):
-        return all(str(row[column]).lstrip().startswith("[") for row in rows if row.get(column) is not None)
-    return _holds_lists(rows, column) or _holds_text(rows, column)
+        return all(str(value).lstrip().startswith("[") for value in _values(rows, column))
+    return _holds(rows, column, list) or _holds_text(rows, column)
 
 
 def _are_turns(rows: Sequence[Row]) -> bool:
     """Whether prompts and completions are lists of turns, or JSON text of such lists, as in a .csv file."""
     columns = ("prompt", "completion")
-    return all(_holds_lists(rows, column) for column in columns) or all(_holds_json(rows, column) for column in columns)
-
-
-def _holds_json(rows: Sequence[Row], column: str) -> bool:
-    """Whether a column holds JSON text of lists of objects with a role."""
-    values = [row[column] for row in rows if row.get(column) is not None]
-    return bool(values) and all(isinstance(value, str) and _is_json_of_turns(value) for value in values)
+    return all(_holds(rows, column, list) for column in columns) or all(
+        _holds(rows, column, str) and all(map(_is_json_of_turns, _values(rows, column))) for column in columns
+    )
 
 
 def _is_json_of_turns(text: str) -> bool:
+    """Whether a text is JSON of a list of objects with a role."""
     try:
         turns = json.loads(text) if text.lstrip().startswith("[") else None
     except ValueError:
@@ -167,19 +164,29 @@ def _holds_all(rows: Sequence[Row], column: str, used: Sequence[str]) -> bool:
 
 def not_text(rows: Sequence[Row]) -> str | None:
     """The column named as a prompt, answer or text whose values are not all texts or numbers; None if there is none."""
-    columns = list(dict.fromkeys(column for row in rows for column in row))
-    named = [c for c in columns if c.strip().lower() in (*PROMPTS, *ANSWERS, "text")]
+    named = [c for c in _columns(rows) if c.strip().lower() in (*PROMPTS, *ANSWERS, "text")]
     return next((c for c in named if not _holds_text(rows, c)), None)
 
 
+def _values(rows: Sequence[Row], column: str) -> list[Any]:
+    """The values of a column, without nulls."""
+    return [row[column] for row in rows if row.get(column) is not None]
+
+
+def _holds(rows: Sequence[Row], column: str, *kinds: type) -> bool:
+    """Whether a column has values, all of one of these types."""
+    values = _values(rows, column)
+    return bool(values) and all(isinstance(value, kinds) for value in values)
+
+
 def _holds_text(rows: Sequence[Row], column: str) -> bool:
-    values = [row[column] for row in rows if row.get(column) is not None]
-    return bool(values) and all(isinstance(value, str | int | float) for value in values)
+    """Whether a column has values, all of them texts or numbers."""
+    return _holds(rows, column, str, int, float)
 
 
-def _holds_lists(rows: Sequence[Row], column: str) -> bool:
-    values = [row[column] for row in rows if row.get(column) is not None]
-    return bool(values) and all(isinstance(value, list) for value in values)
+def _columns(rows: Sequence[Row]) -> list[str]:
+    """The columns of all rows, in the order in which they first occur."""
+    return list(dict.fromkeys(column for row in rows for column in row))
 
 
 def _pair(rows: Sequence[Row], prompt: str, answer: str) -> Layout:
@@ -211,15 +218,10 @@ def _length(rows: Sequence[Row], column: str) -> int:
 
 def unwanted(rows: Sequence[Row]) -> str | None:
     """The column in which false marks a rejected answer, as in files for KTO; None if there is no such column."""
-    columns = list(dict.fromkeys(column for row in rows for column in row))
+    columns = _columns(rows)
     if not any(column.strip().lower() in ANSWERS for column in columns):
         return None
-    return next((c for c in columns if c.strip().lower() in ("label", "labels") and _holds_booleans(rows, c)), None)
-
-
-def _holds_booleans(rows: Sequence[Row], column: str) -> bool:
-    values = [row[column] for row in rows if row.get(column) is not None]
-    return bool(values) and all(isinstance(value, bool) for value in values)
+    return next((c for c in columns if c.strip().lower() in ("label", "labels") and _holds(rows, c, bool)), None)
 
 
 def example(rows: Sequence[Row]) -> dict[str, Any]:
@@ -228,7 +230,7 @@ def example(rows: Sequence[Row]) -> dict[str, Any]:
     Rows with one text column have no prompt. A column of true and false beside an answer marks whether the answer is
     wanted; it is not taken as the answer.
     """
-    columns = list(dict.fromkeys(column for row in rows for column in row))
+    columns = _columns(rows)
     texts = [c for c in columns if _holds_text(rows, c) and not set("{}[]!:\\\"'") & set(c)] or ["COLUMN"]
     for numbers_rows in (_is_named_as_number, partial(_counts, rows)):
         kept = [c for c in texts if not numbers_rows(c)]
@@ -236,7 +238,7 @@ def example(rows: Sequence[Row]) -> dict[str, Any]:
     labels = [c for c in texts if c.strip().lower() in LABELS]
     answers = [c for c in texts if c.strip().lower() in (*ANSWERS, "chosen")]
     if [c for c in answers if c not in labels]:
-        labels = [c for c in labels if not _holds_booleans(rows, c)]
+        labels = [c for c in labels if not _holds(rows, c, bool)]
     if len(texts) == 1 and not labels and texts != ["COLUMN"]:
         return {"answer": f"{{{texts[0]}}}"}
     answer = (labels or answers or texts)[-1]
@@ -248,7 +250,7 @@ def example(rows: Sequence[Row]) -> dict[str, Any]:
         "prompt": "\\n".join(f"{{{column}}}" for column in prompts) + "\\n",
         "answer": f"{{{answer}}}",
     }
-    classes = list(dict.fromkeys(str(row[answer]).strip() for row in rows if row.get(answer) is not None))
+    classes = list(dict.fromkeys(str(value).strip() for value in _values(rows, answer)))
     if labels and 1 < len(classes) <= MAX_CLASSES:
         numbers = all(one.isdecimal() for one in classes)  # the file does not hold the names of the classes
         shown["classes"] = [f"NAME_OF_{n}" for n in range(max(map(int, classes)) + 1)] if numbers else sorted(classes)

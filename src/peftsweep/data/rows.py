@@ -44,14 +44,14 @@ def hub_rows(name: str, config: str | None, split: str, revision: str | None, ke
     return trees.joined(_plain(_loaded(name, config, split, revision, key)))
 
 
-def first_hub_rows(name: str, config: str | None, split: str, revision: str | None, count: int = 100) -> list[Row]:
+def first_hub_rows(name: str, config: str | None, split: str, revision: str | None) -> list[Row]:
     """The first rows of ``hub_rows``.
 
     Raises:
         InputError: it cannot be loaded.
     """
     loaded = _loaded(name, config, split, revision, "dataset")
-    return _plain(loaded.select(range(min(count, len(loaded)))))
+    return _plain(loaded.select(range(min(files.FIRST_ROWS, len(loaded)))))
 
 
 def _plain(loaded: Any) -> list[Row]:

@@ -10,20 +10,14 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 from peftsweep.data import chat, layouts
 from peftsweep.data.chat import Conversation, Rendered
 from peftsweep.data.conversations.reader import NoAnswer
-from peftsweep.data.files import FORMATS as FORMATS
 from peftsweep.data.files import Row as Row
-from peftsweep.data.files import read_rows as read_rows
 from peftsweep.errors import InputError, suggest
 from peftsweep.schema import DatasetConfig, OnMissing
-
-if TYPE_CHECKING:
-    pass
-
 
 MAX_FIELD_WIDTH = 10_000  # characters that a template may pad a value to
 
@@ -176,8 +170,14 @@ def dataset_examples(dataset: DatasetConfig, rows: Iterable[Row], file: str = ""
 
 def templates(dataset: DatasetConfig, file: str = "") -> Templates:
     """The dataset's own templates; errors name ``file`` as the file of the rows."""
-    own = dataset
-    return Templates(own.prompt, own.answer, file=file, classes=own.classes, reader=own.reader, missing=own.missing)
+    return Templates(
+        dataset.prompt,
+        dataset.answer,
+        file=file,
+        classes=dataset.classes,
+        reader=dataset.reader,
+        missing=dataset.missing,
+    )
 
 
 def find_reader(name: str | None, key: str = "dataset") -> Callable[[Row], Row] | None:

@@ -9,9 +9,6 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from peftsweep.data import chat
 from peftsweep.data.chat import ChatTemplate, Conversation
-from peftsweep.data.files import FORMATS as FORMATS
-from peftsweep.data.files import Row as Row
-from peftsweep.data.files import read_rows as read_rows
 from peftsweep.errors import InputError, first_line
 from peftsweep.schema import Turns
 from peftsweep.study.atomic import replacing

@@ -158,6 +158,6 @@ def _in_batches(model: nn.Module, rows: Sequence[Tokens], batch_size: int, score
     in_batches([len(row.ids) for row in rows], batch_size, alike, groups)
 
 
-def mean_loss(model: nn.Module, rows: Sequence[Tokens], *, pad_id: int, batch_size: int = 16) -> float:
+def mean_loss(model: nn.Module, rows: Sequence[Tokens], *, pad_id: int) -> float:
     """The mean loss an answer token (or class), in nats."""
-    return -sum(log_likelihoods(model, rows, pad_id=pad_id, batch_size=batch_size)) / sum(r.answer_tokens for r in rows)
+    return -sum(log_likelihoods(model, rows, pad_id=pad_id)) / sum(r.answer_tokens for r in rows)

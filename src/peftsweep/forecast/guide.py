@@ -62,7 +62,6 @@ def guide(
     words: Sequence[str] = (),
     methods: Sequence[str] = METHODS,
     quants: Sequence[str] = QUANTS,
-    sizes: Sequence[int] = SIZES,
 ) -> list[Row]:
     """One row a method and quantisation of ``model``; ``words`` are further overrides of each trial.
 
@@ -79,7 +78,7 @@ def guide(
             refused = forecast.refusal(trial)
             found = None if refused else forecast.predicted(trial, [forecast.longest(trial)], "cuda")
             peak = found.peak_bytes if found else None
-            fits = {size: peak is not None and peak <= USABLE * size * 10**9 for size in sizes}
+            fits = {size: peak is not None and peak <= USABLE * size * 10**9 for size in SIZES}
             rows.append(Row(method, quant, peak, fits, refused))
     return rows
 

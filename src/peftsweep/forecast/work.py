@@ -206,7 +206,7 @@ def _validations(trial: Trial, rows: Rows, tokenizer: PreTrainedTokenizerBase) -
     every = training_length.interval(config, "eval_every", len(rows.train))
     if every is None or not rows.validation or number_of_steps(trial, None) == 0:
         return {}
-    size = int(inspect.signature(likelihood.mean_loss).parameters["batch_size"].default)
+    size = int(inspect.signature(likelihood.log_likelihoods).parameters["batch_size"].default)
     read = _mean(_in_batches(build.training_tokens(trial, tokenizer, rows.validation), size))
     work_by_name: dict[str, EvaluationWork | None] = {"validation loss": EvaluationWork(read)}
     for name in trial.config.eval:

@@ -261,11 +261,6 @@ PREDICTIONS = {
 }
 
 
-def column_meaning(column: str) -> str:
-    """The sentence of a column of a record, empty where there is none."""
-    return matches(column, COLUMNS)
-
-
 def matches(name: str, sentences: Mapping[str, str]) -> str:
     """The sentence of the first pattern that fits a name, empty where none does."""
     return next((sentence for pattern, sentence in sentences.items() if fnmatchcase(name, pattern)), "")

@@ -10,7 +10,7 @@ from statistics import median
 from peftsweep.errors import InputError
 from peftsweep.tuning.search import Point, Until
 
-UNITS = {"trials": 1.0, "trial": 1.0, "steps": 1.0, "step": 1.0}
+COUNTS = ("trials", "trial", "steps", "step")
 SECONDS = {"s": 1.0, "m": 60.0, "min": 60.0, "h": 3600.0, "d": 86400.0}
 ALLOWED = "trials (40trials), optimizer steps (5000steps) or wall time (90m, 2h, 1d)"
 
@@ -36,8 +36,8 @@ def parse(text: object) -> Budget | None:
         return None
     found = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([a-z]+)", str(text).strip())
     unit = found[2] if found else ""
-    counts = unit in UNITS
-    if found is None or unit not in UNITS | SECONDS:
+    counts = unit in COUNTS
+    if found is None or not (counts or unit in SECONDS):
         raise InputError(f"budget={text}: must be a number of {ALLOWED}")
     amount = float(found[1])
     if amount <= 0 or (counts and not amount.is_integer()):

@@ -14,6 +14,7 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Generator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from enum import IntEnum
 from functools import partial
@@ -90,7 +91,6 @@ class Tuned:
     method: str
     ends: dict[Point, float] = field(default_factory=dict)
     rungs: dict[Point, float] = field(default_factory=dict)
-    over: bool = False  # whether every stage was completed
 
     @property
     def best(self) -> Point | None:
@@ -114,16 +114,11 @@ def tune(spaces: Sequence[Space], objective: Objective, seed: int = 0) -> list[T
     The methods go through each stage together, so that all have had the same effort when the budget is spent.
     """
     tuned = {space.method: Tuned(space.method) for space in spaces}
-    best: dict[str, Point | None] = {}
-    try:
+    with suppress(Spent):  # then the result is what was tried until then
         best = _in_parallel("rate", {space.method: rates(space, seed) for space in spaces}, objective, tuned)
         for stage, search in (("size", sizes), ("rate again", partial(rate_again, tuned=tuned)), ("targets", targets)):
             searches = {space.method: search(space, point) for space in spaces if (point := best[space.method])}
             best |= _in_parallel(stage, searches, objective, tuned)
-    except Spent:
-        return sorted(tuned.values(), key=lambda result: result.score)
-    for result in tuned.values():
-        result.over = True
     return sorted(tuned.values(), key=lambda result: result.score)
 
 
@@ -232,7 +227,7 @@ def equally(spaces: Sequence[Space], objective: Objective, trials: int, seeds: M
 
     ``seeds`` holds the seed of each method. A trial that fails counts as one of the ``trials``.
     """
-    tuned = {space.method: Tuned(space.method, over=True) for space in spaces}
+    tuned = {space.method: Tuned(space.method) for space in spaces}
     searches = {space.method: _equal(space, trials, seeds[space.method]) for space in spaces}
     _in_parallel("tuning", searches, objective, tuned)
     return list(tuned.values())

@@ -80,7 +80,7 @@ def _table(task: Task, title: str, heads: Sequence[Column], rows: list[dict[str,
     return [Table(title, kept, rows, note, left_out)] if keys and rows else []
 
 
-def _plain(task: Task, title: str, keys: Iterable[tuple[str, str, Unit]], note: str = "") -> list[Table]:
+def _plain(task: Task, title: str, keys: Iterable[tuple[str, str, Unit]]) -> list[Table]:
     """A row a configuration, of columns of the study: the column, its title, its unit."""
     found = [key for key in keys if columns.measured(task.configurations, key[0])]
     heads = [Column("configuration", "configuration"), *(Column(*key) for key in found)]
@@ -88,7 +88,7 @@ def _plain(task: Task, title: str, keys: Iterable[tuple[str, str, Unit]], note: 
         {"configuration": task.labels[n]} | {key: number(task.configurations.at[n, key]) for key, *_ in found}
         for n in best_first(task)[:MAX_ROWS]
     ]
-    return _table(task, title, heads, rows, note)
+    return _table(task, title, heads, rows)
 
 
 def _discovered(task: Task, prefix: str, title: str) -> list[Table]:

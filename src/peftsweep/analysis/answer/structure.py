@@ -387,7 +387,7 @@ def schema() -> dict[str, Any]:
 
 def number(value: Any) -> float | None:
     """``value`` as a plain number; None where there is none, or it is infinite."""
-    return None if value is None or pd.isna(value) or math.isinf(value) else float(value)
+    return None if pd.isna(value) or math.isinf(value) else float(value)
 
 
 if __name__ == "__main__":

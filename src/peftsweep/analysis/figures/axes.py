@@ -100,8 +100,8 @@ def room_for_names(merged: pd.DataFrame, room: int) -> tuple[pd.DataFrame, str]:
     if len(merged) <= room:
         return merged, ""
     score = next(iter(columns.main_scores(merged)), None)
-    words = f"the {room} of {len(merged)} configurations with the best {columns.score_name(score)}" if score else ""
-    return merged.loc[best_first(merged, score)[:room]], words or f"the first {room} of {len(merged)} configurations"
+    which = f"the {room} of {len(merged)} configurations with the best {columns.score_name(score)}" if score else ""
+    return merged.loc[best_first(merged, score)[:room]], which or f"the first {room} of {len(merged)} configurations"
 
 
 def error_bars(rows: pd.DataFrame, column: str) -> Any:

@@ -218,9 +218,9 @@ def quantisation(merged: pd.DataFrame, score: str) -> Any:
 def _scores_over_factor(merged: pd.DataFrame, factor: str, shown: Sequence[str | Cost]) -> Any:
     """A panel for each of ``shown`` over the values of ``factor``, a series for each setting of the other factors."""
     factors = merged.attrs["factors"]
-    rows = merged[merged[factor].notna()] if factor in factors else merged[:0]
-    if rows[factor].nunique() < 2 if factor in factors else True:
+    if factor not in factors or merged[factor].nunique() < 2:
         return None
+    rows = merged[merged[factor].notna()]
     others = [c for c in factors if c != factor]
     series = series_labels(rows, others) if others else pd.Series("", rows.index)
     best = list(series[best_first(rows, shown[0] if isinstance(shown[0], str) else None)])
@@ -285,7 +285,9 @@ def _trade_off(ax: Any, good: pd.DataFrame, cost: Cost, score: str, styles: dict
             if not on_it and len(rows) > EACH:
                 continue
             chosen = place[front[rows.index.get_indexer(place)] == on_it]
-            arms = error_bars(rows.loc[chosen], score) if label in styles or on_it else None  # in grey they are a fog
+            arms = (
+                error_bars(rows.loc[chosen], score) if label in styles or on_it else None
+            )  # many grey bars would hide the points
             ax.errorbar(x[chosen], y[chosen], yerr=arms, elinewidth=0.8, **point, **look)
     line = x[front].sort_values()
     if len(line) > 1:
@@ -376,9 +378,11 @@ def heatmap(merged: pd.DataFrame, score: str) -> Any:
     for (row, method), (column, quant) in itertools.product(enumerate(order), enumerate(quants)):
         value: Any = best.iat[row, column]
         text = str(why.get((method, quant), "n/a")) if pd.isna(value) else words.number(value)
-        shade = 0.0 if pd.isna(value) else float(np.dot(image.cmap(image.norm(value))[:3], (0.3, 0.6, 0.1)))
-        colour = FADED if pd.isna(value) else "white" if shade < 0.5 else "black"
-        ax.text(column, row, text, ha="center", va="center", fontsize=7, color=INK if pd.isna(value) else colour)
+        colour = INK
+        if not pd.isna(value):
+            shade = float(np.dot(image.cmap(image.norm(value))[:3], (0.3, 0.6, 0.1)))
+            colour = "white" if shade < 0.5 else "black"
+        ax.text(column, row, text, ha="center", va="center", fontsize=7, color=colour)
     ax.set_xticks(range(len(quants)), [columns.setting_in_words(QUANT, quant) for quant in quants])
     ax.set_yticks(range(len(order)), list(columns.shortened(pd.Series(map(str, order)))))
     ax.xaxis.tick_top()

@@ -331,12 +331,10 @@ def _within(plan: Design, measured: Measured, places: NDArray[np.int64], factor:
 def returns(
     table: pd.DataFrame,
     column: str,
-    predictions: Predictions | None = None,
-    factor: str = RANK,
     plan: Design | None = None,
     known: Tested | None = None,
 ) -> pd.DataFrame:
-    """Diminishing returns: what each doubling of ``factor`` brought, a row a level, smallest first.
+    """Diminishing returns: what each doubling of the rank brought, a row a level, smallest first.
 
     Averaged over the ``contexts`` (combinations of the other factors) in which every level was measured, or over the
     one with the most levels. Columns: ``level``, ``value``; ``gain`` per doubling since the level before, with
@@ -348,8 +346,8 @@ def returns(
     """
     names = [*RETURNS, *STEP, "better_in", "worse_in", "contexts", "within", "scale", "moved"]
     plan = plan or design(table)
-    known = known or tested(table, column, predictions)
-    cells = _cells(plan.levels.loc[known.measured.numbers], factor) if known and factor in plan.factors else None
+    known = known or tested(table, column)
+    cells = _cells(plan.levels.loc[known.measured.numbers], RANK) if known and RANK in plan.factors else None
     if known is None or cells is None or not cells.size:
         return pd.DataFrame(columns=names)
     complete = cells.loc[:, cells.notna().all()]
@@ -380,12 +378,12 @@ def returns(
     rows = []
     for level in range(len(complete)):
         both = places[[level, best]]
-        moved = _moved(plan, measured, both, factor) if level != best else []
+        moved = _moved(plan, measured, both, RANK) if level != best else []
         step = _figures(measured, places[[level, max(0, level - 1)]], since.get(level, alone), sign)
         steps: dict[str, Any] = {
             name: step[part] for name, part in zip(STEP, ("difference", "low", "high", "p_adjusted"), strict=True)
         }
-        steps |= {"moved": moved, "within": _within(plan, measured, places, factor)}
+        steps |= {"moved": moved, "within": _within(plan, measured, places, RANK)}
         steps |= _shown_in(known, both)
         rows.append(_figures(measured, both, against.get(level, alone), sign) | steps)
     more = [*STEP, "better_in", "worse_in", "within", "difference", "low", "high", "p_adjusted", "verdict"]
@@ -395,13 +393,13 @@ def returns(
     return whole
 
 
-def budget(table: pd.DataFrame, by: str = METHOD) -> pd.DataFrame:
+def budget(table: pd.DataFrame) -> pd.DataFrame:
     """How much was tried of each method: ``configurations``, ``learning_rates``, ``ranks``, ``steps``, ``seeds``.
 
     The best of many tries is better than the best of few by luck alone, so a method that was given more of them
     has an advantage that no test here takes away. ``steps`` is the median, ``seeds`` that of each configuration.
     """
-    if by not in table:
+    if METHOD not in table:
         return pd.DataFrame()
     trials = table.assign(configuration=identify(table))
     counted = {
@@ -411,9 +409,9 @@ def budget(table: pd.DataFrame, by: str = METHOD) -> pd.DataFrame:
         "steps": ("config.train.steps", "median"),
     }
     there = {name: how for name, how in counted.items() if how[0] in trials}
-    found = trials.groupby(by).agg(**there)
+    found = trials.groupby(METHOD).agg(**there)
     if SEED in trials:
-        seeds = trials.groupby([by, "configuration"])[SEED].nunique()
+        seeds = trials.groupby([METHOD, "configuration"])[SEED].nunique()
         found["seeds"] = seeds.groupby(level=0).median()
     return pd.DataFrame(found)
 

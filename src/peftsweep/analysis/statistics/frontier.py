@@ -12,6 +12,7 @@ from peftsweep.analysis.statistics.measured import Measured, measure
 from peftsweep.analysis.statistics.trials import Floats, Predictions, as_floats
 from peftsweep.analysis.table.columns import direction
 
+DRAWS = 400
 PAIRS = 2_000_000  # of rows in all draws, which are compared at once; of more, each draw takes its own way
 
 
@@ -46,13 +47,12 @@ def pareto(
     table: pd.DataFrame,
     columns: Sequence[str],
     predictions: Predictions | None = None,
-    draws: int = 400,
     known: Mapping[str, Measured] | None = None,
 ) -> pd.DataFrame:
     """The front of several metrics, a row a configuration that has them all.
 
     ``front`` says whether no other configuration is better in one of ``columns`` and at least as good in all;
-    ``share`` is the part of ``draws`` redraws of seeds and test rows (`Measured.draws`) in which it is so, of fewer
+    ``share`` is the part of 400 redraws of seeds and test rows (`Measured.draws`) in which it is so, of fewer
     where there are more than 500 configurations. A cost with one seed does not vary in them. It is missing where of a
     configuration it is not known how much its figure of the first column varies. ``attrs["chance"]`` says what the
     redraws of the first column cover. ``known`` are columns of the table that ``measure`` was called for already.
@@ -65,7 +65,7 @@ def pareto(
     known = known or {}
     measured = [known[c] if c in known else measure(table, c, predictions) for c in columns]
     shared = sorted(set.intersection(*(set(m.numbers.tolist()) for m in measured))) if measured else []
-    draws = min(draws, max(50, 200_000 // max(1, len(shared))))
+    draws = min(DRAWS, max(50, 200_000 // max(1, len(shared))))
     generator = np.random.default_rng(0)
     found, drawn = [], []
     for m in measured:

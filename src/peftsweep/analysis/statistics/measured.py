@@ -119,14 +119,14 @@ class Measured:
         """
         alone, whole, seed_freedom = self._of_seeds()
         squares = weights**2
-        fourth = np.power(weights, 4, out=np.zeros_like(weights), where=weights != 0)  # a pair has two, and it is slow
         if self.rows is not None:
             by_rows = self._by_rows(weights)
         elif rows_of_their_own or self.unlike_rows or not (self.seeds > 1).any():
             by_rows = self._by_stderrs(squares)
         else:
             by_rows = np.zeros(len(weights))
-        by_seeds, spread = squares @ alone, fourth @ (whole**2 / seed_freedom)
+        # The configurations' variances share their average, so errors of theirs add up and do not cancel.
+        by_seeds, spread = squares @ alone, (squares @ (whole / np.sqrt(seed_freedom))) ** 2
         found = self._with_rows(weights @ self.means, by_seeds, spread, by_rows)
         unknown = self.column.endswith(".value") & (found.stderr == 0) & weights.any(axis=1)  # a score always has some
         found = dataclasses.replace(found, stderr=np.where(unknown, np.nan, found.stderr))
@@ -173,7 +173,10 @@ class Measured:
         return np.where(two, [mcnemar(first, second), size * low, size * high], np.nan)
 
     def _with_rows(self, estimate: Floats, by_seeds: Floats, spread: Floats, by_rows: Floats) -> Contrasts:
-        """The contrasts with these parts of their variance, by Satterthwaite; ``spread`` is that of ``by_seeds``."""
+        """The contrasts with these parts of their variance; ``spread`` is half the sampling variance of ``by_seeds``.
+
+        The degrees of freedom are Satterthwaite's, at least 1.
+        """
         row_freedom = math.inf if self.rows is None else float(self.rows.shape[1] - 1)
         total, spread = by_seeds + by_rows, spread + by_rows**2 / row_freedom
         with np.errstate(divide="ignore", invalid="ignore"):

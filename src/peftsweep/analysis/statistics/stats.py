@@ -13,7 +13,10 @@ difference of two, the effect of a factor, the gain per doubling of a rank) is t
 - the variance between seeds of each configuration, less what the rows already explain of it, divided by its seeds
   (see `Measured` for how two or three seeds are kept from looking too much alike),
 
-with Satterthwaite's degrees of freedom. These are the variance components of a design with crossed random effects
+with Satterthwaite's degrees of freedom. As the variances between seeds share the study's average, they are not taken
+to be independent: their standard errors add up, and not the squares of these. So two configurations of equal spread
+are compared as by the t test with a pooled variance, and if one spreads far more than the other, by about the degrees
+of freedom of its own seeds. These are the variance components of a design with crossed random effects
 (Brennan, Generalizability Theory, 2001, ch. 3). A bootstrap of two or three seeds would understate their spread.
 
 Rows that all agree are no certainty that other rows would. So right and wrong answers have intervals that are as wide

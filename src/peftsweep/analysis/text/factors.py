@@ -177,8 +177,8 @@ def _budget(task: Task, factor: str) -> Iterator[str]:
 
 
 def cost_cells(task: Task, number: Any) -> dict[str, str]:
-    """The costs that are known of trial ``number``, in words, by their headings in the table."""
-    shown = {PARAMETERS: "trainable", ADAPTER: "adapter", task.memory or "": "", SECONDS: "train", SPEED: "tokens/s"}
-    shown[task.memory or ""] = columns.factor_name(task.memory) if task.memory else ""
-    row = task.row(number, tuple(c for c in shown if c))
+    """The costs that are known of configuration ``number``, in words, by their headings in the table."""
+    memory = {task.memory: columns.factor_name(task.memory)} if task.memory else {}
+    shown = {PARAMETERS: "trainable", ADAPTER: "adapter"} | memory | {SECONDS: "train", SPEED: "tokens/s"}
+    row = task.row(number, tuple(shown))
     return {name: words.cost(c, row[c]) for c, name in shown.items() if c in row and words.known(row[c])}

@@ -158,7 +158,7 @@ def _ranking(task: Task, score: str, mark: str) -> Iterator[str]:
         named = "; ".join(f"{words.code(task.labels[n])} ({words.ended(task.row(n, STATUSES))})" for n in missing[:10])
         yield f"Without this score: {named}{' and others' if len(missing) > 10 else ''}."
         yield ""
-    yield _meaning(compared, len(compared), score)
+    yield _meaning(compared)
     yield ""
     yield from _not_in_names(task, compared.index[:ROWS].tolist())
 
@@ -184,18 +184,14 @@ def _not_in_names(task: Task, numbers: list[int]) -> Iterator[str]:
         yield ""
 
 
-def _meaning(compared: pd.DataFrame, count: int, score: str) -> str:
+def _meaning(compared: pd.DataFrame) -> str:
     """What the intervals and p-values of a ranking are."""
     chance = compared["chance"].dropna().unique()
-    covers = {
-        "seeds and rows": "other seeds and other test rows",
-        "rows": "other test rows, but not other seeds: there is one seed each",
-        "seeds": "other seeds on the same test rows",
-    }.get(chance[0] if len(chance) else "", "")
-    if not covers:
+    if not len(chance):
         return "One seed and no record of single rows: the uncertainty is not known."
-    scale = " Differences are relative." if len(compared) and compared["scale"].iloc[0] == "ratio" else ""
-    if count < 2:
+    covers = build.COVERS[chance[0]] + (": there is one seed each" if chance[0] == "rows" else "")
+    scale = " Differences are relative." if compared["scale"].iloc[0] == "ratio" else ""
+    if len(compared) < 2:
         return f"In brackets: the 95% interval, which covers {covers}."
     others = (compared["verdict"] == "worse") & (compared["p_adjusted"] >= statistics_trials.ALPHA)
     of_base = ", those with the untouched base among them" if compared["gain"].notna().any() else ""

@@ -169,4 +169,4 @@ def values(table: pd.DataFrame, column: str) -> list[str]:
 
 def known(value: Any) -> bool:
     """Whether there is a value."""
-    return value is not None and not pd.isna(value)
+    return not pd.isna(value)
