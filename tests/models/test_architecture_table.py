@@ -15,11 +15,12 @@ from peft import LoraConfig
 from transformers import AutoConfig, BitsAndBytesConfig
 from transformers.pytorch_utils import Conv1D
 
+from peftsweep import InputError
 from peftsweep.config.fill import conf_dir
 from peftsweep.forecast import predict
 from peftsweep.forecast.predict import Shape
 from peftsweep.models import attach, coverage, model, parts, probe, saved
-from peftsweep.models.quantised.layers import is_quantised
+from peftsweep.models.quantised.layers import is_quantised, quantise_skeleton
 from peftsweep.schema import Init, ModelConfig, TargetsConfig, Task, TrainConfig
 from tests.architectures import small_config
 
@@ -180,6 +181,26 @@ def test_weights_that_a_model_multiplies_with_itself_are_not_stored_in_4_bits() 
     assert not is_quantised(mixer.dt_proj)
     assert not is_quantised(base.lm_head)
     base(input_ids=torch.arange(5, 16)[None])
+
+
+@pytest.mark.parametrize(("kind", "own"), [("longcat_flash", "classifier"), ("gemma3n_text", "correction_coefs")])
+def test_layers_whose_weights_are_read_beside_their_call_are_neither_quantised_nor_adapted(kind: str, own: str) -> None:
+    base, quantization = shape(kind), BitsAndBytesConfig(**FOUR)
+    assert not any(name.endswith(own) for name in attach.linear_names(base))
+    model.spare(quantization, base)
+    quantise_skeleton(base, quantization)
+    stored = {name.rpartition(".")[2] for name, module in base.named_modules() if is_quantised(module)}
+    assert "o_proj" in stored
+    assert own not in stored
+    assert "lm_head" not in stored
+
+
+def test_a_trial_that_is_refused_is_a_cell_of_the_table_without_the_folder_of_its_checkpoint(tmp_path: Path) -> None:
+    case = table.Case("falcon", Task.causal_lm, tmp_path / "falcon")
+    reason = f"quant=4bit: no layer of {case.folder} can be stored so"
+    case.refused = {"4bit": InputError(reason)}
+    assert case.cell(case.fourbit) == "refused: quant=4bit: no layer of falcon can be stored so"
+    assert case.cell(case.reload) == "yes"
 
 
 def test_a_model_whose_layers_need_their_mask_keeps_it() -> None:

@@ -253,6 +253,8 @@ def from_elsewhere(
     except InputError as error:
         raise InputError(str(error).replace("method.path=", "adapter.path=", 1)) from None
     method, base = read["method"], read.get(experiment_keys.MODEL)
+    if method["_target_"].endswith(".AdaLoraConfig"):
+        method.pop("rank_pattern", None)  # the ranks that its training left, which PEFT reads with the weights
     _check_method(cfg, given, choices, method)
     _check_targets(cfg, given, method.get("target_modules"))
     cfg.method, made = as_text(method), {"method": FROM_FILE}

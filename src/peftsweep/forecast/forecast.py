@@ -32,6 +32,7 @@ from peftsweep.models.shapes import without_numbers
 from peftsweep.observe import measure, streams
 from peftsweep.observe.display import size
 from peftsweep.schema import Config, Dtype, Task, TrainConfig
+from peftsweep.study import store
 from peftsweep.training import optimizer
 
 log = logging.getLogger(__name__)
@@ -173,6 +174,9 @@ def _forecast(trial: Trial) -> Forecast:
         if reason := refusal(trial):
             bare = models_model.skeleton(config.model, classes=len(config.dataset.classes))
             return Forecast(0, parts.count(bare).total, 0, reason)
+        if config.adapter.path is not None:
+            bare = models_model.skeleton(config.model, classes=len(config.dataset.classes))
+            saved.check_adapter(bare, store.adapter(config.adapter.path))
         key = sizes_key(trial)
         foreseen = _SIZES.get(key) or on_skeleton(trial, None, lambda adapted: _sizes(adapted, config.train))
         if foreseen is None:

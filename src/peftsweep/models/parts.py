@@ -29,9 +29,13 @@ def text_config(model: Any) -> Any:
     return config.get_text_config(decoder=True)
 
 
-# Layers that models of these types never call: they use the weights directly. So an adapter there has no effect, and
-# the weights cannot be quantised.
-NEVER_CALLED = dict.fromkeys(("mamba", "falcon_mamba", "jamba"), ("dt_proj",))
+# Layers that models of these types never call in training: they use the weights directly. So an adapter there has no
+# effect, and the weights cannot be quantised.
+NEVER_CALLED = {
+    **dict.fromkeys(("mamba", "falcon_mamba", "jamba"), ("dt_proj",)),
+    "longcat_flash": ("classifier",),
+    "gemma3n_text": ("correction_coefs",),
+}
 # Parts of layers in which an adapter would learn nothing: attention to the output of an encoder, which is never called
 # for text alone, and indexers, which select tokens for attention and so have no gradient.
 UNTRAINED_PARTS = frozenset(("encoder_attn", "crossattention", "cross_attn", "indexer"))

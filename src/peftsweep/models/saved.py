@@ -16,7 +16,7 @@ from typing import Any, cast
 from unittest.mock import patch
 
 import torch
-from peft import PeftModel, get_peft_model_state_dict
+from peft import PeftModel, get_peft_model_state_dict, load_peft_weights
 from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils import transformers_weight_conversion
 from peft.utils.other import AuxiliaryTrainingWrapper, ModulesToSaveWrapper
@@ -32,8 +32,8 @@ from peftsweep.models.checkpoint.weights import check_end_marks
 from peftsweep.models.losses import METHOD_INPUTS, READS_PADDING
 from peftsweep.models.model import WITH_ADAPTER, is_local, source
 from peftsweep.models.parts import as_configured, text_config
-from peftsweep.models.quantised.layers import dequantise, is_quantised, keep_weights_unpacked
-from peftsweep.models.shapes import at_target_rank
+from peftsweep.models.quantised.layers import dequantise, is_quantised, mend
+from peftsweep.models.shapes import at_target_rank, without_numbers
 from peftsweep.schema import Init, ModelConfig, Task
 from peftsweep.study.atomic import sync_tree
 from peftsweep.study.store import RESIDUAL, WEIGHTS
@@ -204,7 +204,7 @@ def _with_adapter(base: PreTrainedModel, folder: Path, **options: Any) -> PeftMo
     """``PeftModel.from_pretrained``, with an InputError for missing and unexpected weights, which PEFT ignores."""
     other = f"it belongs to another model than {type(base).__name__}"
     with _load_results() as results, names_as_written() if _written_now(folder) else nullcontext():
-        where = str(base.device)  # PEFT would use the first GPU
+        where = "cpu" if base.device.type == "meta" else str(base.device)  # PEFT would use the first GPU
         try:
             adapted = PeftModel.from_pretrained(base, str(folder), torch_device=where, **options)
         except RuntimeError as error:
@@ -215,12 +215,35 @@ def _with_adapter(base: PreTrainedModel, folder: Path, **options: Any) -> PeftMo
                 f"adapter {folder}: {other}, or to another adapter_config.json: {shapes[1]} has the shape {shapes[2]} "
                 f"in the file, and {shapes[3]} in the model"
             ) from error
+        except KeyError as error:  # of a module that is saved whole
+            raise InputError(f"adapter {folder}: {other}: the file lacks {error.args[0]}") from error
+        except (ValueError, TypeError) as error:  # of a value in adapter_config.json
+            raise InputError(f"adapter {folder}: PEFT cannot read it ({first_line(error)})") from error
     missing = [key for result in results for key in result.missing_keys if not any(name in key for name in SHARED)]
     unknown = [key for result in results for key in result.unexpected_keys if "." in key]  # keys of prompts have no dot
     for what, keys in (("the model has no such weights:", unknown), ("the file lacks", missing)):
         if keys:
             raise InputError(f"adapter {folder}: {other}: {what} {some(keys)}")
     return adapted
+
+
+def check_adapter(bare: PreTrainedModel, folder: Path) -> None:
+    """Check that the adapter in ``folder`` fits ``bare``, a base on the meta device, and that its weights are numbers.
+
+    Raises:
+        InputError: it does not fit, PEFT cannot read it, or a weight is NaN or infinite.
+    """
+    try:
+        with without_numbers(), torch.device("meta"):
+            _with_adapter(bare, folder)
+        weights = load_peft_weights(str(folder), device="cpu")
+    except InputError:
+        raise
+    except Exception as error:  # of what needs numbers, or is on no disk: loading will say whether it fails
+        log.debug("%s: cannot be read without its base: %s", folder, error, exc_info=True)
+        return
+    if broken := [name for name, one in weights.items() if one.is_floating_point() and not one.isfinite().all()]:
+        raise InputError(f"adapter {folder}: {some(broken)} holds NaN or infinite numbers: its training diverged")
 
 
 def _written_now(folder: Path) -> bool:
@@ -286,7 +309,7 @@ def _base_of(base: PreTrainedModel, folder: Path) -> PreTrainedModel:
     if not (folder / RESIDUAL).exists():
         return base
     residual = read(folder / RESIDUAL, base)
-    keep_weights_unpacked(residual)
+    mend(residual)
     return residual
 
 
