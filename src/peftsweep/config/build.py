@@ -327,8 +327,8 @@ def initialisation(
     return initialise
 
 
-def restore(trial: Trial, base: PreTrainedModel, saved: Path) -> Model:
-    """``base`` with the adapter in the folder ``saved``, or the whole model there."""
+def restore(trial: Trial, base: PreTrainedModel, saved: Path, *, trainable: bool = False) -> Model:
+    """``base`` with the adapter in the folder ``saved``, or the whole model there; frozen unless ``trainable``."""
     config = trial.config
     before = coverage.weights(base, config.model.roles)
     adapted = models_saved.restore(
@@ -336,7 +336,7 @@ def restore(trial: Trial, base: PreTrainedModel, saved: Path) -> Model:
         saved,
         config.method_inputs,
         float32=config.train.autocast_adapter_dtype,
-        trainable=bool(config.profiler),  # the profiler trains further steps
+        trainable=trainable or bool(config.profiler),  # the profiler trains further steps
     )
     setattr(adapted, COVERAGE, coverage.coverage(before, adapted))
     return adapted

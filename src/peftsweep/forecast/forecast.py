@@ -174,9 +174,6 @@ def _forecast(trial: Trial) -> Forecast:
         if reason := refusal(trial):
             bare = models_model.skeleton(config.model, classes=len(config.dataset.classes))
             return Forecast(0, parts.count(bare).total, 0, reason)
-        if config.adapter.path is not None:
-            bare = models_model.skeleton(config.model, classes=len(config.dataset.classes))
-            saved.check_adapter(bare, store.adapter(config.adapter.path))
         key = sizes_key(trial)
         foreseen = _SIZES.get(key) or on_skeleton(trial, None, lambda adapted: _sizes(adapted, config.train))
         if foreseen is None:
@@ -277,9 +274,7 @@ def on_skeleton(
         try:
             bare = skeleton(config.model, quantization, base, len(config.dataset.classes))
             with without_numbers() if base == "meta" else nullcontext(), torch.device(adapter):
-                adapted = (
-                    build.attach_slots(slots, bare) if slots else build.attach_method(trial, bare, config.train.steps)
-                )
+                adapted = build.attach_slots(slots, bare) if slots else _adapted(trial, bare)
             if isinstance(adapted, PeftModel) and not config.train.autocast_adapter_dtype:
                 own = [(name, p) for name, p in adapted.named_parameters() if "lora_" in name]
                 for _, parameter in own if slots else parts.trainable_parameters(adapted):
@@ -290,6 +285,16 @@ def on_skeleton(
         except Exception:
             log.debug("%s cannot be attached on the device %s", trial.slug, adapter, exc_info=True)
     return None
+
+
+def _adapted(trial: Trial, bare: Any) -> build.Model:
+    """The trial's method on a skeleton; a saved adapter as PEFT reads it."""
+    config = trial.config
+    if config.adapter.path is not None and config.method:
+        compatibility.check_tokens(config.method, bare)
+        trainable = not build.virtual_tokens(trial)  # PEFT refuses to train these further
+        return build.restore(trial, bare, store.adapter(config.adapter.path), trainable=trainable)
+    return build.attach_method(trial, bare, config.train.steps)
 
 
 def refusal(trial: Trial) -> str | None:

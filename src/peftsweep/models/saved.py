@@ -33,7 +33,7 @@ from peftsweep.models.losses import METHOD_INPUTS, READS_PADDING
 from peftsweep.models.model import WITH_ADAPTER, is_local, source
 from peftsweep.models.parts import as_configured, text_config
 from peftsweep.models.quantised.layers import dequantise, is_quantised, mend
-from peftsweep.models.shapes import at_target_rank, without_numbers
+from peftsweep.models.shapes import at_target_rank
 from peftsweep.schema import Init, ModelConfig, Task
 from peftsweep.study.atomic import sync_tree
 from peftsweep.study.store import RESIDUAL, WEIGHTS
@@ -203,6 +203,8 @@ def restore(
 def _with_adapter(base: PreTrainedModel, folder: Path, **options: Any) -> PeftModel:
     """``PeftModel.from_pretrained``, with an InputError for missing and unexpected weights, which PEFT ignores."""
     other = f"it belongs to another model than {type(base).__name__}"
+    if base.device.type == "meta":  # of a plan; later the numbers are not looked at again
+        _check_numbers(folder)
     with _load_results() as results, names_as_written() if _written_now(folder) else nullcontext():
         where = "cpu" if base.device.type == "meta" else str(base.device)  # PEFT would use the first GPU
         try:
@@ -217,7 +219,7 @@ def _with_adapter(base: PreTrainedModel, folder: Path, **options: Any) -> PeftMo
             ) from error
         except KeyError as error:  # of a module that is saved whole
             raise InputError(f"adapter {folder}: {other}: the file lacks {error.args[0]}") from error
-        except (ValueError, TypeError) as error:  # of a value in adapter_config.json
+        except (ValueError, TypeError, IndexError) as error:  # of a value in adapter_config.json
             raise InputError(f"adapter {folder}: PEFT cannot read it ({first_line(error)})") from error
     missing = [key for result in results for key in result.missing_keys if not any(name in key for name in SHARED)]
     unknown = [key for result in results for key in result.unexpected_keys if "." in key]  # keys of prompts have no dot
@@ -227,20 +229,16 @@ def _with_adapter(base: PreTrainedModel, folder: Path, **options: Any) -> PeftMo
     return adapted
 
 
-def check_adapter(bare: PreTrainedModel, folder: Path) -> None:
-    """Check that the adapter in ``folder`` fits ``bare``, a base on the meta device, and that its weights are numbers.
+def _check_numbers(folder: Path) -> None:
+    """Refuse an adapter with a weight that is NaN or infinite.
 
     Raises:
-        InputError: it does not fit, PEFT cannot read it, or a weight is NaN or infinite.
+        InputError: the message names the weights.
     """
     try:
-        with without_numbers(), torch.device("meta"):
-            _with_adapter(bare, folder)
         weights = load_peft_weights(str(folder), device="cpu")
-    except InputError:
-        raise
-    except Exception as error:  # of what needs numbers, or is on no disk: loading will say whether it fails
-        log.debug("%s: cannot be read without its base: %s", folder, error, exc_info=True)
+    except Exception as error:  # a file that is missing or damaged: loading will say so
+        log.debug("%s: its weights cannot be read: %s", folder, error)
         return
     if broken := [name for name, one in weights.items() if one.is_floating_point() and not one.isfinite().all()]:
         raise InputError(f"adapter {folder}: {some(broken)} holds NaN or infinite numbers: its training diverged")
@@ -306,7 +304,7 @@ def _load_results() -> Iterator[list[Any]]:
 
 def _base_of(base: PreTrainedModel, folder: Path) -> PreTrainedModel:
     """The base of the adapter in ``folder``: the one saved beside it, else ``base``."""
-    if not (folder / RESIDUAL).exists():
+    if base.device.type == "meta" or not (folder / RESIDUAL).exists():
         return base
     residual = read(folder / RESIDUAL, base)
     mend(residual)
