@@ -246,6 +246,15 @@ def test_what_contradicts_an_adapter_from_elsewhere_is_refused(elsewhere: Path, 
         compose(f"adapter.path={elsewhere}", word)
 
 
+def test_an_adapter_of_a_classifier_is_of_the_base_that_it_names(elsewhere: Path, compose: Compose) -> None:
+    file = elsewhere / "adapter_config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"task_type": "SEQ_CLS"}))
+    one = compose(f"adapter.path={elsewhere}", "model=encoder", "dataset=tiny_direction").config
+    assert (one.model.name_or_path, one.model.task.value) == (str(model.TINY), "seq_cls")
+    with pytest.raises(InputError, match=r"is of a classifier \(task_type SEQ_CLS\); take model=encoder"):
+        compose(f"adapter.path={elsewhere}")
+
+
 def test_an_adapter_that_is_no_numbers_is_refused_before_anything_is_loaded(elsewhere: Path, compose: Compose) -> None:
     one = compose(f"adapter.path={elsewhere}")
     file = elsewhere / "adapter_model.safetensors"

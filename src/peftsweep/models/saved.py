@@ -260,7 +260,18 @@ def names_as_written() -> Iterator[None]:
     Otherwise, in many mixtures of experts, PEFT reads ``gate_proj``, ``up_proj`` and ``down_proj``, also of dense
     layers and shared experts, as names of experts in transformers 4, and adapts the experts instead.
     """
-    with patch.object(transformers_weight_conversion, "convert_peft_config_for_transformers", lambda *_, **__: None):
+    convert = transformers_weight_conversion.convert_peft_adapter_state_dict_for_transformers
+
+    def where_needed(model: PeftModel, peft_config: Any, adapter_state_dict: Any, adapter_name: str) -> Any:
+        own = get_peft_model_state_dict(model, adapter_name=adapter_name, save_embedding_layers=False)
+        if adapter_state_dict.keys() <= own.keys():  # names that need no change; those of Laguna would get a wrong one
+            return adapter_state_dict
+        return convert(model, peft_config, adapter_state_dict, adapter_name)
+
+    with (
+        patch.object(transformers_weight_conversion, "convert_peft_config_for_transformers", lambda *_, **__: None),
+        patch.object(transformers_weight_conversion, "convert_peft_adapter_state_dict_for_transformers", where_needed),
+    ):
         yield
 
 
