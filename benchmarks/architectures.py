@@ -113,12 +113,16 @@ class Case:
         config = cli.compose(self.words)
         self.trial = make_trial(config, config.hydra.runtime.choices, self.words)
         self.records: dict[str, Result] = {}
+        self.refused: dict[str, InputError] = {}  # by their quantisation, trials that cannot be planned
 
     def cells(self) -> dict[str, str]:
         found = {"loads": self.cell(self.loads)}
         if found["loads"] == "yes":
             for quant in ("none", "4bit"):
-                self.records[quant] = cli.run_one([*self.words, f"quant={quant}"])
+                try:
+                    self.records[quant] = cli.run_one([*self.words, f"quant={quant}"])
+                except InputError as error:
+                    self.refused[quant] = error
             found |= {name: self.cell(getattr(self, name.replace("4", "four"))) for name in COLUMNS[1:]}
         return found
 
@@ -126,10 +130,14 @@ class Case:
         try:
             return look()
         except InputError as error:
-            return f"refused: {first_line(error)}"
+            return f"refused: {self.reason(error)}"
         except Exception as error:
             logging.exception("%s", self.kind)
-            return f"no: {type(error).__name__}: {first_line(error)}"
+            return f"no: {type(error).__name__}: {self.reason(error)}"
+
+    def reason(self, error: Exception) -> str:
+        """The message without the folder that the checkpoint lies in for now."""
+        return first_line(error).replace(str(self.folder), self.kind)
 
     def loads(self) -> str:
         self.base: Any = model.load(self.trial.config.model, None, CPU, len(self.trial.config.dataset.classes))
@@ -164,6 +172,8 @@ class Case:
         return _both(self.records, "merges", "merge_error", "merge_difference")
 
     def record(self, quant: str) -> Result:
+        if quant in self.refused:
+            raise self.refused[quant]
         found = self.records[quant]
         if found.error is None:
             return found

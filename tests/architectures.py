@@ -77,7 +77,10 @@ FURTHER: dict[str, dict[str, Any]] = {
         **{"hidden_size_per_layer_input": 8, "layer_types": ["sliding_attention", "full_attention"] * 2},
     },
     "gemma4_text": {"vocab_size_per_layer_input": 533, "hidden_size_per_layer_input": 8},
-    "kimi_linear": FOUR | LATENT | {"linear_head_dim": 8, "linear_num_heads": 4},
+    "kimi_linear": FOUR
+    | LATENT
+    | {"linear_head_dim": 8, "linear_num_heads": 4}
+    | {"layer_types": ["linear_attention", "full_attention"] * 2},
     "blt": {"encoder_hash_byte_group_vocab": 64},
     "roc_bert": {"shape_vocab_size": 64, "pronunciation_vocab_size": 64},
     "luke": {"entity_vocab_size": 16},
@@ -138,6 +141,7 @@ SMALL: dict[str, Any] = SIZES | HEADS | SHARED | LINEAR | MAMBA | {
     **{"topk_group": 1, "q_lora_rank": 16, "kv_lora_rank": 8, "qk_nope_head_dim": 8, "qk_rope_head_dim": 8},
     **{"v_head_dim": 8, "rotary_dim": 4, "state_size": 4, "sliding_window": 16, "max_window_layers": 1},
     **{"image_size": 28, "patch_size": 14, "initializer_range": 0.2, "init_std": 0.2, "vocab_size": 533},
+    "num_experts_per_token": 2,
 }  # fmt: skip
 
 

@@ -9,12 +9,15 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from peft import AdaLoraConfig
+from safetensors.torch import load_file, save_file
 
 from peftsweep import InputError, cli
 from peftsweep.config import identity, restored
 from peftsweep.config.compose import Trial
 from peftsweep.data import fingerprint
 from peftsweep.errors import say_once
+from peftsweep.forecast import forecast
 from peftsweep.models import model
 from peftsweep.study.record import Result
 
@@ -241,6 +244,34 @@ def test_an_adapter_from_elsewhere_says_its_method_targets_and_base(elsewhere: P
 def test_what_contradicts_an_adapter_from_elsewhere_is_refused(elsewhere: Path, word: str, compose: Compose) -> None:
     with pytest.raises(InputError, match=r"contradicts adapter\.path="):
         compose(f"adapter.path={elsewhere}", word)
+
+
+def test_an_adapter_of_a_classifier_is_of_the_base_that_it_names(elsewhere: Path, compose: Compose) -> None:
+    file = elsewhere / "adapter_config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"task_type": "SEQ_CLS"}))
+    one = compose(f"adapter.path={elsewhere}", "model=encoder", "dataset=tiny_direction").config
+    assert (one.model.name_or_path, one.model.task.value) == (str(model.TINY), "seq_cls")
+    with pytest.raises(InputError, match=r"is of a classifier \(task_type SEQ_CLS\); take model=encoder"):
+        compose(f"adapter.path={elsewhere}")
+
+
+def test_an_adapter_that_is_no_numbers_is_refused_before_anything_is_loaded(elsewhere: Path, compose: Compose) -> None:
+    one = compose(f"adapter.path={elsewhere}")
+    file = elsewhere / "adapter_model.safetensors"
+    weights = {name: weight for name, weight in load_file(file).items() if ".q_proj." in name or ".v_proj." in name}
+    save_file({name: weight * float("nan") for name, weight in weights.items()}, file)
+    with pytest.raises(InputError, match=r"adapter .*: base_model\.model.* holds NaN or infinite numbers"):
+        forecast.check(one)
+
+
+def test_the_ranks_that_adalora_has_left_are_no_option_of_its_adapter(elsewhere: Path, compose: Compose) -> None:
+    """PEFT saves them in adapter_config.json, for each module a list of which ranks are kept."""
+    kept = {"model.layers.0.self_attn.q_proj.lora_E": [True, False, True]}
+    method = AdaLoraConfig(init_r=3, target_r=2, total_step=9, target_modules=["q_proj"], rank_pattern=kept)
+    method.base_model_name_or_path = str(model.TINY)
+    method.save_pretrained(str(elsewhere))
+    made = compose(f"adapter.path={elsewhere}").config.method
+    assert (made["init_r"], made.get("rank_pattern")) == (3, None)
 
 
 def test_a_whole_model_is_no_adapter(compose: Compose) -> None:

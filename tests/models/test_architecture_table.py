@@ -12,14 +12,16 @@ import torch
 import yaml
 from benchmarks import architectures as table
 from peft import LoraConfig
+from safetensors.torch import load_file
 from transformers import AutoConfig, BitsAndBytesConfig
 from transformers.pytorch_utils import Conv1D
 
+from peftsweep import InputError
 from peftsweep.config.fill import conf_dir
 from peftsweep.forecast import predict
 from peftsweep.forecast.predict import Shape
 from peftsweep.models import attach, coverage, model, parts, probe, saved
-from peftsweep.models.quantised.layers import is_quantised
+from peftsweep.models.quantised.layers import is_quantised, quantise_skeleton
 from peftsweep.schema import Init, ModelConfig, TargetsConfig, Task, TrainConfig
 from tests.architectures import small_config
 
@@ -37,6 +39,11 @@ def shape(kind: str, task: Task = Task.causal_lm, **options: Any) -> Any:
     """The type's small model without numbers."""
     with torch.device("meta"):
         return model.CLASSES[task].from_config(small_config(kind, **options))
+
+
+def made(kind: str) -> Any:
+    """The type's small model of random weights."""
+    return model.CLASSES[Task.causal_lm].from_config(small_config(kind), dtype=torch.float32)
 
 
 def random(kind: str) -> ModelConfig:
@@ -156,11 +163,20 @@ def test_what_chooses_among_experts_is_not_adapted_in_any_family(kind: str, rout
         assert targets.roles or any(name.endswith(beside) for name in names)
 
 
-@pytest.mark.parametrize(("kind", "part"), [("bart", "encoder_attn"), ("axk2", "indexer")])
-def test_layers_that_text_alone_never_trains_are_not_adapted(kind: str, part: str) -> None:
-    base = shape(kind)
-    before = coverage.weights(base, ROLES[Task.causal_lm])
-    adapted = attach.attach(base, LoraConfig(r=2), TargetsConfig(all_linear=True), ROLES[Task.causal_lm])
+@pytest.mark.parametrize(
+    ("kind", "task", "part"),
+    [
+        ("bart", Task.causal_lm, "encoder_attn"),
+        ("axk2", Task.causal_lm, "indexer"),
+        ("git", Task.causal_lm, "image_encoder"),
+        ("luke", Task.seq_cls, "e2w_query"),
+    ],
+)
+def test_layers_that_text_alone_never_trains_are_not_adapted(kind: str, task: Task, part: str) -> None:
+    base = shape(kind, task)
+    assert any(f".{part}." in name for name, _ in base.named_parameters())
+    before = coverage.weights(base, ROLES[task])
+    adapted = attach.attach(base, LoraConfig(r=2), TargetsConfig(all_linear=True), ROLES[task])
     names = [name for name, _ in parts.trainable_parameters(adapted)]
     assert names
     assert not [name for name in names if f".{part}." in name]
@@ -180,6 +196,42 @@ def test_weights_that_a_model_multiplies_with_itself_are_not_stored_in_4_bits() 
     assert not is_quantised(mixer.dt_proj)
     assert not is_quantised(base.lm_head)
     base(input_ids=torch.arange(5, 16)[None])
+
+
+@pytest.mark.parametrize(("kind", "own"), [("longcat_flash", "classifier"), ("gemma3n_text", "prediction_coefs")])
+def test_layers_whose_weights_are_read_beside_their_call_are_neither_quantised_nor_adapted(kind: str, own: str) -> None:
+    base, quantization = shape(kind), BitsAndBytesConfig(**FOUR)
+    assert not any(name.endswith(own) for name in attach.linear_names(base))
+    model.spare(quantization, base)
+    quantise_skeleton(base, quantization)
+    stored = {name.rpartition(".")[2] for name, module in base.named_modules() if is_quantised(module)}
+    assert "o_proj" in stored
+    assert own not in stored
+    assert "lm_head" not in stored
+
+
+def test_a_trial_that_is_refused_is_a_cell_of_the_table_without_the_folder_of_its_checkpoint(tmp_path: Path) -> None:
+    case = table.Case("falcon", Task.causal_lm, tmp_path / "falcon")
+    reason = f"quant=4bit: no layer of {case.folder} can be stored so"
+    case.refused = {"4bit": InputError(reason)}
+    assert case.cell(case.fourbit) == "refused: quant=4bit: no layer of falcon can be stored so"
+    assert case.cell(case.reload) == "yes"
+
+
+def test_an_adapter_is_read_back_by_the_names_that_it_was_saved_with(tmp_path: Path) -> None:
+    """PEFT applies transformers' renaming of checkpoints to it, which spoils names of Laguna that need none."""
+    saved.save(attach.attach(made("laguna"), LoraConfig(r=2), TargetsConfig(all_linear=True), {}), tmp_path)
+    names = load_file(tmp_path / "adapter_model.safetensors").keys()
+    assert any(".shared_experts." in name for name in names)
+    again = saved.restore(shape("laguna"), tmp_path)
+    assert {name.replace(".default", "") for name, _ in again.named_parameters() if "lora_" in name} == names
+
+
+def test_what_cannot_read_tokens_or_sees_later_ones_is_refused_without_its_weights() -> None:
+    with pytest.raises(InputError, match=r"has no embeddings of tokens \(model_type canine\)"), torch.device("meta"):
+        model.made(ModelConfig(name_or_path="x", task=Task.seq_cls), small_config("canine"))
+    with pytest.raises(InputError, match="XLNetLMHeadModel sees the tokens that it is to predict"):
+        probe.check_causal(small_config("xlnet"), model.CLASSES[Task.causal_lm].from_config)
 
 
 def test_a_model_whose_layers_need_their_mask_keeps_it() -> None:

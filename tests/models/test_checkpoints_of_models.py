@@ -16,6 +16,7 @@ from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
 from transformers import (
     AutoConfig,
+    AutoModelForCausalLM,
     AutoModelForMaskedLM,
     AutoModelForSequenceClassification,
     BitsAndBytesConfig,
@@ -181,6 +182,27 @@ def test_an_adapter_of_another_model_is_an_error(tmp_path: Path) -> None:
         models_saved.restore(make("llama", num_hidden_layers=3), tmp_path)
     with pytest.raises(InputError, match=r"has no such weights: base_model.model.model.layers.1"):
         models_saved.restore(make("llama", num_hidden_layers=1), tmp_path)
+
+
+def test_an_adapter_is_held_against_a_base_without_weights(tmp_path: Path) -> None:
+    models_saved.save(attach.attach(make("llama"), attach_lora(), TargetsConfig(modules=["q_proj"]), {}), tmp_path)
+
+    def check(layers: int = 2, **changed: Any) -> None:
+        file = tmp_path / "adapter_config.json"
+        file.write_text(json.dumps(json.loads(file.read_text()) | changed))
+        with torch.device("meta"):
+            bare = AutoModelForCausalLM.from_config(
+                AutoConfig.for_model("llama", **SIZES | {"num_hidden_layers": layers})
+            )
+        models_saved.restore(bare, tmp_path)
+
+    check()
+    with pytest.raises(InputError, match=r"the file lacks base_model\.model\.model\.layers\.2"):
+        check(layers=3)
+    with pytest.raises(InputError, match=r"has the shape \[2, 32\] in the file, and \[4, 32\] in the model"):
+        check(r=4)
+    with pytest.raises(InputError, match=r"PEFT cannot read it \(Invalid task type: 'SING'"):
+        check(r=2, task_type="SING")
 
 
 def attach_lora() -> Any:

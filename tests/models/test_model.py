@@ -76,6 +76,17 @@ def test_the_packing_of_4_bit_weights_is_switched_off_on_every_layer() -> None:
     )  # bitsandbytes has it from 0.49 on
 
 
+def test_a_layer_of_8_bits_takes_inputs_of_four_dimensions() -> None:
+    """Such as of AX-K2's attention, which projects each head: [rows, tokens, heads, features]."""
+    layer: Any = model.load(TINY, EIGHT_BIT, CPU).model.layers[0].self_attn.q_proj
+    inputs = torch.randn(2, 3, 5, layer.in_features).requires_grad_()
+    found = layer(inputs)
+    assert torch.equal(found, layer(inputs.detach().view(6, 5, -1)).view(found.shape))
+    found.sum().backward()
+    assert inputs.grad is not None
+    assert inputs.grad.any()
+
+
 @pytest.mark.parametrize("quant", QUANTS)
 def test_counts_do_not_depend_on_the_quantisation(quant: str) -> None:
     base = model.load(TINY, QUANTS[quant], CPU)

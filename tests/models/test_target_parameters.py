@@ -10,9 +10,10 @@ import torch
 from peft import LoraConfig
 
 from peftsweep import InputError
+from peftsweep.forecast import forecast
 from peftsweep.models import attach, saved
 from peftsweep.schema import TargetsConfig
-from tests.architectures import make
+from tests.architectures import make, write
 
 ROLES = {"q": ["q_proj"], "v": ["v_proj"]}
 EXPERTS = ["gate_up_proj", "down_proj"]
@@ -75,3 +76,10 @@ def test_weights_of_experts_are_not_decomposed(begins: Any) -> None:
         adapted(TargetsConfig(roles=["q", "experts"]), init_lora_weights=begins)
     adapted(TargetsConfig(roles=["q"]), init_lora_weights=begins)
     adapted(TargetsConfig(), target_modules=["v_proj"], target_parameters=["q_proj.weight"], init_lora_weights=begins)
+
+
+def test_a_plan_refuses_the_decomposition_of_experts_too(compose: Any, tmp_path: Path) -> None:
+    """Also of PiSSA, whose initialisation from the base's weights a plan leaves out."""
+    words = ["model=causal_lm", f"model.name_or_path={write('qwen3_moe', tmp_path)}", "method=pissa"]
+    with pytest.raises(InputError, match=r"^method\.init_lora_weights=pissa: .* is a parameter"):
+        forecast.check(compose(*words, "targets.roles=[q,experts]"))

@@ -38,7 +38,7 @@ from peftsweep.evaluation.isolation import ends_as_error, generators_kept, proce
 from peftsweep.models import attach, coverage, model, parts, probe
 from peftsweep.models import saved as models_saved
 from peftsweep.models.coverage import COVERAGE, Coverage
-from peftsweep.models.initialise import Setting
+from peftsweep.models.initialise import Setting, without_data
 from peftsweep.models.probe import Abilities
 from peftsweep.models.quantised import layers, libraries
 from peftsweep.schema import DatasetConfig, Init, LossOn, RowsConfig, Task, ValidationConfig
@@ -253,7 +253,7 @@ def attach_method(
             least = f"AdaLoRA needs at least {MIN_ADALORA_STEPS} steps after tfinal"
             raise InputError(f"method.tfinal={method.tfinal}: of {steps} steps; {least}; raise train.steps")
     if config.method_setup and initialise is None and hasattr(method, "init_lora_weights"):
-        method.init_lora_weights = True  # a forecast has no data: the weights have the same shapes and other values
+        initialise = partial(without_data, base)
     adapted = attach.attach(
         base,
         method,
@@ -327,8 +327,8 @@ def initialisation(
     return initialise
 
 
-def restore(trial: Trial, base: PreTrainedModel, saved: Path) -> Model:
-    """``base`` with the adapter in the folder ``saved``, or the whole model there."""
+def restore(trial: Trial, base: PreTrainedModel, saved: Path, *, trainable: bool = False) -> Model:
+    """``base`` with the adapter in the folder ``saved``, or the whole model there; frozen unless ``trainable``."""
     config = trial.config
     before = coverage.weights(base, config.model.roles)
     adapted = models_saved.restore(
@@ -336,7 +336,7 @@ def restore(trial: Trial, base: PreTrainedModel, saved: Path) -> Model:
         saved,
         config.method_inputs,
         float32=config.train.autocast_adapter_dtype,
-        trainable=bool(config.profiler),  # the profiler trains further steps
+        trainable=trainable or bool(config.profiler),  # the profiler trains further steps
     )
     setattr(adapted, COVERAGE, coverage.coverage(before, adapted))
     return adapted

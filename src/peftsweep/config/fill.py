@@ -121,9 +121,12 @@ def _fill_model(cfg: DictConfig, found: experiment.Reading, given: set[str]) -> 
     return {"model": choice}
 
 
-def _put_model(cfg: DictConfig, name: str, given: set[str], **more: Any) -> str:
-    """Replace the model by ``name``, with the keys ``more``; keys of the command line keep their values."""
-    option, node = _model_node(name)
+def _put_model(cfg: DictConfig, name: str, given: set[str], option: str | None = None, **more: Any) -> str:
+    """Replace the model by ``name``, with the keys ``more``; keys of the command line keep their values.
+
+    The other keys are those of ``option``, as composed, else of the option that ``_model_node`` finds.
+    """
+    option, node = (option, cfg.model) if option else _model_node(name)
     own = restored.own_values(cfg, {key for key in given if key.startswith("model.")})
     cfg.model = OmegaConf.merge(_schema().model, node, {"name_or_path": as_text(name)} | more)
     restored.put_back(cfg, own)
@@ -238,7 +241,7 @@ def _fill_from_adapter(cfg: DictConfig, given: set[str], choices: Mapping[str, s
         else:
             made, base = restored.from_elsewhere(cfg, given, choices, folder, model_identity)
             if base is not None:
-                made["model"] = _use_base(cfg, base, given)
+                made["model"] = _use_base(cfg, base, given, choices["model"] if "model" in given else None)
     if unused := _unused_training_keys(cfg, given):
         say_once(
             f"{', '.join(unused)}: not used with adapter.path={cfg.adapter.path}, which is evaluated and not trained"
@@ -256,15 +259,18 @@ def _unused_training_keys(cfg: DictConfig, given: set[str]) -> list[str]:
     return [key for key in unused if OmegaConf.select(cfg, key) not in (0, None)]
 
 
-def _use_base(cfg: DictConfig, base: str, given: set[str]) -> str:
-    """Use the base that an adapter names, a local one in its stored dtype. Returns the option of ``model``."""
+def _use_base(cfg: DictConfig, base: str, given: set[str], option: str | None) -> str:
+    """Use the base that an adapter names, a local one in its stored dtype. Returns the option of ``model``.
+
+    It is ``option``, which the command line chose without a base, such as encoder; None leaves it to the base.
+    """
     kept: dict[str, Any] = {"revision": cfg.model.revision}
     with contextlib.suppress(OSError, ValueError):
         stored = json.loads((Path(base).expanduser() / "config.json").read_text(encoding="utf-8"))
         dtype = stored.get("dtype", stored.get("torch_dtype"))
         if dtype in FORMATS:
             kept["dtype"] = dtype
-    return _put_model(cfg, base, given, **kept)
+    return _put_model(cfg, base, given, option, **kept)
 
 
 def read_newlines(cfg: DictConfig, overrides: Iterable[str]) -> None:

@@ -298,7 +298,7 @@ def sizes_key(trial: Trial) -> str:
     name keys of its method decide which of these keys count.
     """
     tree = trial.tree
-    settings = {key: tree[key] for key in ("method", "method_inputs", "method_setup", "targets")}
+    settings = {key: tree[key] for key in ("adapter", "method", "method_inputs", "method_setup", "targets")}
     train = {key: tree["train"][key] for key in SHAPING}
     if hasattr(pydoc.locate(str(trial.config.method.get("_target_"))), "total_step"):
         train["steps"] = trial.config.train.steps

@@ -21,7 +21,7 @@ from peftsweep.config import experiment, experiment_keys
 from peftsweep.data import files, fingerprint
 from peftsweep.errors import InputError, say_once
 from peftsweep.schema import ModelConfig, value_at
-from peftsweep.study.reading import fault
+from peftsweep.study.reading import fault, read_json
 from peftsweep.study.record import RESULT, Result
 from peftsweep.study.trust import as_text
 
@@ -253,12 +253,15 @@ def from_elsewhere(
     except InputError as error:
         raise InputError(str(error).replace("method.path=", "adapter.path=", 1)) from None
     method, base = read["method"], read.get(experiment_keys.MODEL)
+    if method["_target_"].endswith(".AdaLoraConfig"):
+        method.pop("rank_pattern", None)  # the ranks that its training left, which PEFT reads with the weights
     _check_method(cfg, given, choices, method)
     _check_targets(cfg, given, method.get("target_modules"))
     cfg.method, made = as_text(method), {"method": FROM_FILE}
+    _check_task(cfg, folder)
     if base is None:
         return made, None
-    if "model" in given or BASE in given:
+    if ("model" in given and not OmegaConf.is_missing(cfg.model, "name_or_path")) or BASE in given:
         _check_base(cfg, str(base), read.get("model.revision"), identify)
         return made, None
     cfg.model.revision = as_text(read.get("model.revision"))
@@ -306,6 +309,16 @@ def _check_targets(cfg: DictConfig, given: GivenKeys, saved: Any) -> None:
         return
     shown = ", ".join(sorted(modules)) or saved
     raise _contradicts(cfg, f"{key}={_plain(cfg, key)}", f"target_modules {shown}")
+
+
+def _check_task(cfg: DictConfig, folder: Path) -> None:
+    """Refuse a classifier's adapter on a language model, and the reverse."""
+    task = read_json(folder / experiment.ADAPTER_FILE).get("task_type")
+    classifies = _plain(cfg, "model.task") == "seq_cls"
+    what = {"SEQ_CLS": "classifier", "CAUSAL_LM": "language model"}.get(task)
+    if what is not None and (task == "SEQ_CLS") != classifies:
+        instead = "model=causal_lm" if classifies else "model=encoder and dataset.classes"
+        raise InputError(f"adapter.path={cfg.adapter.path}: is of a {what} (task_type {task}); take {instead}")
 
 
 def _check_base(cfg: DictConfig, base: str, revision: str | None, identify: Identify) -> None:

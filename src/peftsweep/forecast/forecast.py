@@ -32,6 +32,7 @@ from peftsweep.models.shapes import without_numbers
 from peftsweep.observe import measure, streams
 from peftsweep.observe.display import size
 from peftsweep.schema import Config, Dtype, Task, TrainConfig
+from peftsweep.study import store
 from peftsweep.training import optimizer
 
 log = logging.getLogger(__name__)
@@ -273,9 +274,7 @@ def on_skeleton(
         try:
             bare = skeleton(config.model, quantization, base, len(config.dataset.classes))
             with without_numbers() if base == "meta" else nullcontext(), torch.device(adapter):
-                adapted = (
-                    build.attach_slots(slots, bare) if slots else build.attach_method(trial, bare, config.train.steps)
-                )
+                adapted = build.attach_slots(slots, bare) if slots else _adapted(trial, bare)
             if isinstance(adapted, PeftModel) and not config.train.autocast_adapter_dtype:
                 own = [(name, p) for name, p in adapted.named_parameters() if "lora_" in name]
                 for _, parameter in own if slots else parts.trainable_parameters(adapted):
@@ -286,6 +285,16 @@ def on_skeleton(
         except Exception:
             log.debug("%s cannot be attached on the device %s", trial.slug, adapter, exc_info=True)
     return None
+
+
+def _adapted(trial: Trial, bare: Any) -> build.Model:
+    """The trial's method on a skeleton; a saved adapter as PEFT reads it."""
+    config = trial.config
+    if config.adapter.path is not None and config.method:
+        compatibility.check_tokens(config.method, bare)
+        trainable = not build.virtual_tokens(trial)  # PEFT refuses to train these further
+        return build.restore(trial, bare, store.adapter(config.adapter.path), trainable=trainable)
+    return build.attach_method(trial, bare, config.train.steps)
 
 
 def refusal(trial: Trial) -> str | None:

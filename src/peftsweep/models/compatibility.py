@@ -247,19 +247,32 @@ def check_names(method: Any, base: nn.Module, config: Any) -> None:
     for key, pattern in _patterns(method):
         _found(pattern, modules, f"method.{key}: '{pattern}'")  # raises if it is not a regular expression
     _check_layers(method, modules)
-    embeddings: Any = base.get_input_embeddings()  # type: ignore[operator]
-    tokens, width = embeddings.weight.shape
-    for key in TOKENS:
-        given = getattr(method, key, None) or []
-        for token in [n for numbers in given.values() for n in numbers] if isinstance(given, Mapping) else given:
-            if token >= tokens:
-                raise InputError(f"method.{key}: the model has no embedding for token {token}; it has {tokens}")
+    check_tokens(vars(method), base)
     if hasattr(method, "num_virtual_tokens"):
-        _check_virtual_tokens(method, config, width)
+        _check_virtual_tokens(method, config, _embeddings(base).shape[1])
     if method.peft_type == "ADALORA" and method.target_r > method.init_r:
         raise InputError(
             f"method.target_r={method.target_r}: must be at most method.init_r={method.init_r}: AdaLoRA removes ranks"
         )
+
+
+def check_tokens(method: Mapping[str, Any], base: nn.Module) -> None:
+    """Refuse tokens among the options of ``method`` that ``base`` has no embedding for.
+
+    Raises:
+        InputError: the message names the option and the number of embeddings.
+    """
+    tokens = len(_embeddings(base))
+    for key in TOKENS:
+        given = method.get(key) or []
+        for token in [n for numbers in given.values() for n in numbers] if isinstance(given, Mapping) else given:
+            if token >= tokens:
+                raise InputError(f"method.{key}: the model has no embedding for token {token}; it has {tokens}")
+
+
+def _embeddings(base: Any) -> Any:
+    """The weight of the input embeddings, [tokens, width]."""
+    return base.get_input_embeddings().weight
 
 
 def aim_at_parameters(method: Any, base: nn.Module) -> None:

@@ -26,7 +26,7 @@ from peftsweep.data.tokens import Tokens
 from peftsweep.errors import InputError
 from peftsweep.models.losses import answer_losses
 from peftsweep.models.parts import as_configured
-from peftsweep.models.quantised.layers import keep_weights_unpacked
+from peftsweep.models.quantised.layers import mend
 from peftsweep.models.saved import INITIAL
 from peftsweep.study.store import RESIDUAL
 
@@ -50,6 +50,14 @@ class Setting:
         for start in range(0, len(chosen), batch_size):
             pad_id: Any = self.tokenizer.pad_token_id
             yield collate(chosen[start : start + batch_size], pad_id).to(self.base.device)
+
+
+def without_data(
+    base: PreTrainedModel, method: Any, attach: Callable[[PreTrainedModel, PeftConfig], PeftModel]
+) -> PeftModel:
+    """Attach ``method`` in a forecast, where there is no data: its weights have the same shapes and other values."""
+    method.init_lora_weights = True
+    return attach(base, method)
 
 
 def eva(setting: Setting, *, rows: int = 256, batch_size: int = 16) -> PeftModel:
@@ -176,4 +184,4 @@ def _quantise_again(module: Any, weight: torch.Tensor) -> None:
         module=module,
     )
     module.weight = new.to(old.device)
-    keep_weights_unpacked(nn.ModuleList([module]))
+    mend(nn.ModuleList([module]))

@@ -40,7 +40,7 @@ from peftsweep.models.parts import (
     text_config,
     text_part,
 )
-from peftsweep.models.quantised.layers import is_quantised, keep_weights_unpacked, not_quantised
+from peftsweep.models.quantised.layers import is_quantised, mend, not_quantised
 from peftsweep.schema import Init, ModelConfig, Task
 from peftsweep.study import store
 
@@ -244,7 +244,7 @@ def made(model: ModelConfig, config: transformers.PreTrainedConfig, **options: A
         InputError: transformers has no such model for the task, or cannot build it.
     """
     try:
-        return cast(PreTrainedModel, defer_router_loss(CLASSES[model.task].from_config(config, **options)))
+        base = cast(PreTrainedModel, defer_router_loss(CLASSES[model.task].from_config(config, **options)))
     except ValueError as error:  # transformers has no model of this type for the task
         what = "causal language model" if model.task is Task.causal_lm else "classifier"
         raise InputError(
@@ -258,6 +258,12 @@ def made(model: ModelConfig, config: transformers.PreTrainedConfig, **options: A
             "model.architecture:" if model.architecture else f"model.name_or_path={model.name_or_path}: its config.json"
         )
         raise InputError(f"{key} describes no model that transformers can build ({reason})") from error
+    try:
+        base.get_input_embeddings()
+    except NotImplementedError as error:
+        kind = f"model_type {config.model_type}"
+        raise InputError(f"model.name_or_path={model.name_or_path}: has no embeddings of tokens ({kind})") from error
+    return base
 
 
 def _shape(model: ModelConfig, classes: int) -> transformers.PreTrainedConfig:
@@ -329,7 +335,11 @@ def load_tokenizer(model: ModelConfig, virtual_tokens: int = 0) -> PreTrainedTok
         raise InputError(f"method: {virtual_tokens} virtual tokens leave no room in the model's {limit} positions")
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
-    _check_marks(tokenizer, model, getattr(text_config(architecture(model)), "vocab_size", math.inf), key)
+    shape = architecture(model)
+    _check_marks(tokenizer, model, getattr(text_config(shape), "vocab_size", math.inf), key)
+    mark = shape.eos_token_id if model.task is Task.seq_cls and getattr(shape, "is_encoder_decoder", False) else None
+    if mark is not None and mark not in tokenizer("text").input_ids:
+        raise InputError(f"{key}: its classifier reads the end mark, token {mark}, which its tokenizer adds to no text")
     return tokenizer
 
 
@@ -374,7 +384,7 @@ def load(
             setattr(quantization, name, [*getattr(quantization, name), *new_parts(base)])
             base = _pretrained(model, quantization, options, seed)  # parts that are trained are never quantised
         setattr(base, COMMIT, None if is_local(model) else options["revision"])
-    keep_weights_unpacked(base)
+    mend(base)
     base.requires_grad_(False)
     return cast(PreTrainedModel, defer_router_loss(base.eval()))
 

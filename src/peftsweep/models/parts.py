@@ -29,12 +29,22 @@ def text_config(model: Any) -> Any:
     return config.get_text_config(decoder=True)
 
 
-# Layers that models of these types never call: they use the weights directly. So an adapter there has no effect, and
-# the weights cannot be quantised.
-NEVER_CALLED = dict.fromkeys(("mamba", "falcon_mamba", "jamba"), ("dt_proj",))
-# Parts of layers in which an adapter would learn nothing: attention to the output of an encoder, which is never called
-# for text alone, and indexers, which select tokens for attention and so have no gradient.
-UNTRAINED_PARTS = frozenset(("encoder_attn", "crossattention", "cross_attn", "indexer"))
+# Layers that models of these types never call in training, or whose weights they change in place (Gemma 3n clamps
+# those of ``prediction_coefs``). So an adapter there has no effect, or the weights cannot be quantised.
+NEVER_CALLED = {
+    **dict.fromkeys(("mamba", "falcon_mamba", "jamba"), ("dt_proj",)),
+    "longcat_flash": ("classifier",),
+    "gemma3n_text": ("correction_coefs", "prediction_coefs"),
+}
+# Parts in which an adapter would learn nothing: attention to the output of an encoder, which is never called for text
+# alone; indexers, which select tokens for attention and so have no gradient; what reads images, sound (Phi-4, GIT) or
+# entities (LUKE) in models whose configuration has no part for text; a head that predicts contacts in proteins (ESM).
+UNTRAINED_PARTS = frozenset(
+    (
+        *("encoder_attn", "crossattention", "cross_attn", "indexer", "embed_tokens_extend", "image_encoder"),
+        *("visual_projection", "entity_embeddings", "e2e_query", "e2w_query", "w2e_query", "contact_head"),
+    )
+)
 
 
 def never_called(model: Any) -> tuple[str, ...]:

@@ -30,6 +30,8 @@ from peftsweep.models.shortcuts import SHORTCUTS, Shortcuts
 
 log = logging.getLogger(__name__)
 
+UNDECLARED = ("xlnet", "prophetnet")  # types that see later tokens, which their configuration does not say
+
 SHORT, LONG = 6, 11  # tokens of the two test rows
 TEXTS = ("Is it?", "Two cats and one dog ran home in the rain.")  # test rows of a classifier, together and alone
 LONGEST_TEXT = 24  # tokens of one, with special tokens
@@ -296,7 +298,7 @@ def likely_shortcuts(base: Any) -> Shortcuts:
     hook = head.register_forward_hook(lambda _, __, output: returned.append(output))
     logits = base(input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=False).logits
     hook.remove()
-    once = len(returned) == 1
+    once = len(returned) == 1 and returned[0].shape[:-1] == ids.shape  # ProphetNet predicts several tokens at once
     return Shortcuts(answers_only=once, bare_head=once and logits is returned[0], no_mask=no_mask)
 
 
@@ -330,12 +332,13 @@ def check_causal(shape: Any, make: Any) -> None:
     """Refuse an encoder before its weights are loaded: a small copy with random weights must not see later tokens.
 
     ``shape`` is the transformers configuration, and ``make`` builds a model from one. Only configurations that can be
-    of an encoder (with ``is_decoder``) are tested here; ``probe`` tests all models when they are loaded.
+    of an encoder (with ``is_decoder``, or ``UNDECLARED``) are tested here; ``probe`` tests all models when they are
+    loaded.
 
     Raises:
         InputError: it sees later tokens.
     """
-    if getattr(text_config(shape), "is_decoder", True) is not False:
+    if shape.model_type not in UNDECLARED and getattr(text_config(shape), "is_decoder", True) is not False:
         return
     small = type(shape).from_dict(shape.to_dict() | {"pad_token_id": 0})
     small.num_hidden_layers, small.vocab_size = 1, 64

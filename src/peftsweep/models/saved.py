@@ -16,7 +16,7 @@ from typing import Any, cast
 from unittest.mock import patch
 
 import torch
-from peft import PeftModel, get_peft_model_state_dict
+from peft import PeftModel, get_peft_model_state_dict, load_peft_weights
 from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils import transformers_weight_conversion
 from peft.utils.other import AuxiliaryTrainingWrapper, ModulesToSaveWrapper
@@ -32,7 +32,7 @@ from peftsweep.models.checkpoint.weights import check_end_marks
 from peftsweep.models.losses import METHOD_INPUTS, READS_PADDING
 from peftsweep.models.model import WITH_ADAPTER, is_local, source
 from peftsweep.models.parts import as_configured, text_config
-from peftsweep.models.quantised.layers import dequantise, is_quantised, keep_weights_unpacked
+from peftsweep.models.quantised.layers import dequantise, is_quantised, mend
 from peftsweep.models.shapes import at_target_rank
 from peftsweep.schema import Init, ModelConfig, Task
 from peftsweep.study.atomic import sync_tree
@@ -203,8 +203,10 @@ def restore(
 def _with_adapter(base: PreTrainedModel, folder: Path, **options: Any) -> PeftModel:
     """``PeftModel.from_pretrained``, with an InputError for missing and unexpected weights, which PEFT ignores."""
     other = f"it belongs to another model than {type(base).__name__}"
+    if base.device.type == "meta":  # of a plan; later the numbers are not looked at again
+        _check_numbers(folder)
     with _load_results() as results, names_as_written() if _written_now(folder) else nullcontext():
-        where = str(base.device)  # PEFT would use the first GPU
+        where = "cpu" if base.device.type == "meta" else str(base.device)  # PEFT would use the first GPU
         try:
             adapted = PeftModel.from_pretrained(base, str(folder), torch_device=where, **options)
         except RuntimeError as error:
@@ -215,12 +217,31 @@ def _with_adapter(base: PreTrainedModel, folder: Path, **options: Any) -> PeftMo
                 f"adapter {folder}: {other}, or to another adapter_config.json: {shapes[1]} has the shape {shapes[2]} "
                 f"in the file, and {shapes[3]} in the model"
             ) from error
+        except KeyError as error:  # of a module that is saved whole
+            raise InputError(f"adapter {folder}: {other}: the file lacks {error.args[0]}") from error
+        except (ValueError, TypeError, IndexError) as error:  # of a value in adapter_config.json
+            raise InputError(f"adapter {folder}: PEFT cannot read it ({first_line(error)})") from error
     missing = [key for result in results for key in result.missing_keys if not any(name in key for name in SHARED)]
     unknown = [key for result in results for key in result.unexpected_keys if "." in key]  # keys of prompts have no dot
     for what, keys in (("the model has no such weights:", unknown), ("the file lacks", missing)):
         if keys:
             raise InputError(f"adapter {folder}: {other}: {what} {some(keys)}")
     return adapted
+
+
+def _check_numbers(folder: Path) -> None:
+    """Refuse an adapter with a weight that is NaN or infinite.
+
+    Raises:
+        InputError: the message names the weights.
+    """
+    try:
+        weights = load_peft_weights(str(folder), device="cpu")
+    except Exception as error:  # a file that is missing or damaged: loading will say so
+        log.debug("%s: its weights cannot be read: %s", folder, error)
+        return
+    if broken := [name for name, one in weights.items() if one.is_floating_point() and not one.isfinite().all()]:
+        raise InputError(f"adapter {folder}: {some(broken)} holds NaN or infinite numbers: its training diverged")
 
 
 def _written_now(folder: Path) -> bool:
@@ -239,7 +260,18 @@ def names_as_written() -> Iterator[None]:
     Otherwise, in many mixtures of experts, PEFT reads ``gate_proj``, ``up_proj`` and ``down_proj``, also of dense
     layers and shared experts, as names of experts in transformers 4, and adapts the experts instead.
     """
-    with patch.object(transformers_weight_conversion, "convert_peft_config_for_transformers", lambda *_, **__: None):
+    convert = transformers_weight_conversion.convert_peft_adapter_state_dict_for_transformers
+
+    def where_needed(model: PeftModel, peft_config: Any, adapter_state_dict: Any, adapter_name: str) -> Any:
+        own = get_peft_model_state_dict(model, adapter_name=adapter_name, save_embedding_layers=False)
+        if adapter_state_dict.keys() <= own.keys():  # names that need no change; those of Laguna would get a wrong one
+            return adapter_state_dict
+        return convert(model, peft_config, adapter_state_dict, adapter_name)
+
+    with (
+        patch.object(transformers_weight_conversion, "convert_peft_config_for_transformers", lambda *_, **__: None),
+        patch.object(transformers_weight_conversion, "convert_peft_adapter_state_dict_for_transformers", where_needed),
+    ):
         yield
 
 
@@ -283,10 +315,10 @@ def _load_results() -> Iterator[list[Any]]:
 
 def _base_of(base: PreTrainedModel, folder: Path) -> PreTrainedModel:
     """The base of the adapter in ``folder``: the one saved beside it, else ``base``."""
-    if not (folder / RESIDUAL).exists():
+    if base.device.type == "meta" or not (folder / RESIDUAL).exists():
         return base
     residual = read(folder / RESIDUAL, base)
-    keep_weights_unpacked(residual)
+    mend(residual)
     return residual
 
 

@@ -395,7 +395,7 @@ class Pack:
 
         def forward(x: torch.Tensor) -> torch.Tensor:
             slots = len(self.names) if self._packed and len(x) == len(self.names) * self._rows else 1
-            return torch.cat([Linear8bitLt.forward(module, part) for part in x.chunk(slots)])
+            return torch.cat([type(module).forward(module, part) for part in x.chunk(slots)])
 
         vars(module)["forward"] = forward
         return module

@@ -129,6 +129,7 @@ def quantise_skeleton(base: PreTrainedModel, quantization: Any) -> None:
         for name, weight in [*base.named_parameters()]:
             if quantizer.param_needs_quantization(base, name):
                 convert({name: [weight.detach()]}, model=base, full_layer_name=name, missing_keys=set())
+    mend(base)
     quantizer.postprocess_model(base)  # marks the model as quantised for PEFT
 
 
@@ -156,13 +157,28 @@ def _store(module: Any, plain: Any, stored: dict[Any, tuple[torch.Tensor, Any]])
         module.bias = nn.Parameter(plain.bias.detach(), requires_grad=False)
 
 
-def keep_weights_unpacked(base: nn.Module) -> None:
-    """Stop bitsandbytes from repacking 4-bit weights at the first evaluation on an AVX512-BF16 CPU.
+class _Linear8bit(Linear8bitLt):
+    """An 8-bit layer for inputs [..., features] of any number of dimensions.
 
-    The packed form has no backward: every gradient after an evaluation would be silently wrong, and
-    so would merging and saving.
+    bitsandbytes takes one of four for rows of its third, and gives them scales of a wrong shape.
+    """
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if x.dim() <= 3:
+            return cast(torch.Tensor, super().forward(x))
+        return cast(torch.Tensor, super().forward(x.flatten(0, -2)).unflatten(0, x.shape[:-1]))
+
+
+def mend(base: nn.Module) -> None:
+    """Correct what bitsandbytes' layers do wrong.
+
+    On an AVX512-BF16 CPU they repack 4-bit weights at the first evaluation. The packed form has no backward: every
+    gradient after an evaluation would be silently wrong, and so would merging and saving. For 8 bits see
+    ``_Linear8bit``.
     """
     module: Any
     for module in base.modules():
         if hasattr(module, "support_avx512bf16_for_cpu"):
             module.support_avx512bf16_for_cpu = False
+        if type(module) is Linear8bitLt:
+            module.__class__ = _Linear8bit
