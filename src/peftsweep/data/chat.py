@@ -40,6 +40,10 @@ UNTRAINED_END = (
     "the chat template marks the assistant's turns as generated ({% generation %}) without their end token: the model "
     "does not learn from the training where to stop"
 )
+TRAINED_PROMPT = (
+    "the chat template marks a part of its generation prompt as generated ({% generation %}): the loss counts that too"
+)
+HELD_MARK = "a turn of the rows holds the text '{}', which is read as that special token, as if the turn ended or began"
 
 
 class Rendered(NamedTuple):
@@ -90,14 +94,26 @@ def render(template: ChatTemplate, conversation: Conversation, turns: Turns, wri
         template.warn_once(NO_END)
     elif marked and end not in ids[first:last]:
         template.warn_once(UNTRAINED_END)
+    prompted = _up_to_last_turn(template, conversation)
+    if marked and text.startswith(prompted) and any(start < len(prompted) < stop for start, stop in spans):
+        template.warn_once(TRAINED_PROMPT)
+    held = [text for message in conversation.messages for text in _texts(message)]
+    for mark in {template.special[token] for token in ids if token in template.special}:
+        if any(mark in one for one in held):
+            template.warn_once(HELD_MARK.format(mark))
     return Rendered(
         ids,
         trained,
-        prompt=_up_to_last_turn(template, conversation),
+        prompt=prompted,
         last_turn=str(template.tokenizer.decode(ids[first:last], skip_special_tokens=True)).strip(),
         end=end,
         written=written,
     )
+
+
+def _texts(message: Message) -> list[str]:
+    """The content and the reasoning of a turn."""
+    return [content_text(message.get("content")), *(str(message[key]) for key in REASONING if message.get(key))]
 
 
 def _end(template: ChatTemplate, ids: Sequence[int], first: int, last: int) -> int | None:

@@ -22,7 +22,7 @@ Span = tuple[int, int]  # of characters, the end excluded
 GENERATION = re.compile(r"\{%-?\s*generation\s*-?%\}")  # as transformers searches for it
 PROBE = "\ue000\ue001"  # private characters, which no template strips, escapes or searches for
 ARGUMENTS = {"probe_key": "probe_value"}
-EMPTY: tuple[Message, ...] = ({"content": ""}, {}, {"content": None})  # contents of a turn that only calls tools
+EMPTY: tuple[Message, ...] = ({"content": ""}, {})  # contents of a turn that only calls tools
 # In place of the present day, which some templates write, and by which the same trial would have other prompts on
 # another day. Llama 3's template writes this one where it is told no day.
 DAY = datetime(2024, 7, 26)
@@ -122,9 +122,9 @@ class ChatTemplate:
         return call | {"function": function} if "function" in call else function
 
     def _with_empty_content(self, message: Message) -> Message:
-        """A turn that only calls tools, with its content empty, null or left out, whichever the template expects.
+        """A turn that only calls tools, with its content empty or left out, whichever the template expects.
 
-        With another one some templates leave out the call, refuse it, write the word None, or add an empty turn.
+        With the other one some templates leave out the call, refuse it, write the word None, or add an empty turn.
         """
         own = EMPTY[0] if "content" in message else EMPTY[1]
         best = own if own in self._empty_contents else next(iter(self._empty_contents), own)
