@@ -211,9 +211,12 @@ def test_a_sampler_finds_the_middle_of_a_bowl_better_than_chance() -> None:
     assert best["tpe"] < best["random"]
 
 
-def test_two_commands_at_once_run_a_search_to_its_number_of_trials(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("storage", [None, pytest.param("sqlite:///search.db", marks=pytest.mark.slow)])
+def test_two_commands_at_once_run_a_search_to_its_number_of_trials(
+    storage: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
     found, _ = dimensions(*PLANE)
-    commands = [Search(options(n_trials=3), found) for _ in range(2)]
+    commands = [Search(options(n_trials=3, storage=storage), found) for _ in range(2)]
     sampler = Search._sampler
 
     def slow(self: Search, number: int) -> Any:
@@ -227,7 +230,7 @@ def test_two_commands_at_once_run_a_search_to_its_number_of_trials(monkeypatch: 
             for one, batch in zip(commands, batches, strict=True):
                 for trial, job in zip(batch, bowl([one.point(trial) for trial in batch]), strict=True):
                     one.tell(trial, job)
-    assert [trial.state.name for trial in told()] == ["COMPLETE"] * 3
+    assert [trial.state.name for trial in commands[0].trials()] == ["COMPLETE"] * 3
 
 
 def test_several_are_asked_for_at_once() -> None:

@@ -104,9 +104,10 @@ def _run_together(
 
 
 def _trained(one: Trial) -> bool:
-    """Whether the trained weights of the trial exist already."""
+    """Whether the trial has been trained already: its record, or its trained weights, exist."""
     ended = trial_done.folder(one) / store.CHECKPOINTS / checkpoint.TRAINED
-    return trial_done.trained(one) is not None or (ended.exists() and not trial_done.anew(one))
+    kept = trial_done.trained(one) or trial_done.done_before(one)
+    return kept is not None or (ended.exists() and not trial_done.anew(one))
 
 
 def _step(one: Trial) -> int:
