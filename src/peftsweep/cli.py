@@ -155,12 +155,11 @@ def _hydra() -> int:
         code = 0
     except errors.NotRun:
         return NOT_RUN
-    except errors.SweepFailed:
-        code = 1
-    except ValueError as error:
-        if "No trials are completed" not in str(error):
+    except (errors.SweepFailed, ValueError) as error:
+        # Hydra's Optuna stops by a ValueError if every trial failed; each failure has been printed already.
+        if not isinstance(error, errors.SweepFailed) and "No trials are completed" not in str(error):
             raise
-        code = 1  # Optuna stops so if every trial failed; each failure has been printed already
+        code = 1
     sweep_record.command_ends()
     return code or (NOT_RUN if sweep_record.not_run() else 0)
 

@@ -168,8 +168,8 @@ def test_a_job_that_waits_in_the_queue_is_found_by_a_later_command(
     compose: Callable[..., Trial], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     trials = [compose(f"method.r={r}") for r in (2, 4, 8)]
-    jobs = [slurm.SlurmJob.__new__(type("Job", (slurm.SlurmJob,), {"job_id": name})) for name in ("7_0", "7_1")]
-    monkeypatch.setattr(slurm.SlurmJob, "__del__", lambda _: None, raising=False)
+    facts: list[dict[str, Any]] = [{"job_id": name, "_cancel_at_deletion": False} for name in ("7_0", "7_1")]
+    jobs = [slurm.SlurmJob.__new__(type("Job", (slurm.SlurmJob,), one)) for one in facts]
     monkeypatch.setattr(slurm.AutoExecutor, "map_array", lambda *_: jobs)
 
     def interrupted() -> None:
@@ -302,9 +302,9 @@ def test_a_parent_that_is_killed_leaves_its_jobs_and_the_same_command_ends_with_
 
 @on_slurm
 def test_jobs_that_wait_when_their_command_is_killed_are_not_submitted_again(run: Run) -> None:
-    cores = str(os.cpu_count())
-    blocker = told("sbatch", "--parsable", "--output=/dev/null", f"--cpus-per-task={cores}", "--wrap=sleep 900").strip()
+    blocker = told("sbatch", "--parsable", "--output=/dev/null", "--exclusive", "--wrap=sleep 1500").strip()
     process = run(*WORDS, "train.steps=4", "method.r=2,4")
+    assert wait_for(lambda: told("squeue", f"--jobs={blocker}", "--noheader", "--states=running"), process)
     queue = ["squeue", "--me", "--array", "--noheader", "--states=pending"]
     wait_for(lambda: len(told(*queue).splitlines()) == 2, process)
     time.sleep(1)

@@ -53,6 +53,8 @@ def test_a_command_with_force_that_was_cut_off_goes_on_and_one_that_ended_begins
     monkeypatch.setattr(task, "_run_claimed", at_once)
     words = [*UNWRITTEN, "method.r=2,4,8", "force=true"]
     assert command(*words, "hydra.launcher.workers=0", "hydra.launcher.limit=2")[0] == 3
+    code, out, _ = command(*words, "dry_run=true")
+    assert (code, out.splitlines()[-1].partition(";")[0]) == (0, "3 trials, 1 new")
     code, out, _ = command(*words)
     assert (code, ran) == (0, [2, 4, 8])
     assert "trials that it has forced are not run once more" in out

@@ -47,7 +47,7 @@ def command_begins() -> None:
 
 def command_ends() -> None:
     """Note that the command has come to its end. If it has run all of its trials, the next one forces them again."""
-    for file in [] if not_run() else _forced:
+    for file in [] if not_run() or plans else _forced:
         with suppress(OSError):
             file.unlink()
 

@@ -174,7 +174,8 @@ def jobs_end_alone(trials: Sequence[Trial] = ()) -> Iterator[None]:
         jobs = list(submit(executor, *arguments))
         for trial, job in zip(trials, jobs, strict=False):
             if isinstance(job, SlurmJob):
-                write_text(_note(trial), job.job_id)
+                with suppress(OSError):  # a full disk, which the job will report
+                    write_text(_note(trial), job.job_id)
         return jobs
 
     def results_or_failure(job: Any) -> list[Any]:
