@@ -212,7 +212,11 @@ def test_a_job_that_ends_without_a_record_is_tried_twice(three: list[Trial]) -> 
     assert (ended["r2"].error or {})["message"] == "its process ended without a record"
 
 
-def test_the_stage_in_which_a_process_died_is_that_of_its_log(three: list[Trial]) -> None:
+def test_the_stage_in_which_a_process_died_is_that_of_its_log(
+    three: list[Trial], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(engine, "POLL_SECONDS", 600.0)  # the record must not be seen before it is deleted
+
     def launch(trials: Sequence[Trial]) -> list[None]:
         engine.job(trials[0])
         (done.folder(trials[0]) / "result.json").unlink()  # as if it had been killed in its last stage

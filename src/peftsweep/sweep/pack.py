@@ -106,8 +106,9 @@ def _run_together(
 def _trained(one: Trial) -> bool:
     """Whether the trial has been trained already: its record, or its trained weights, exist."""
     ended = trial_done.folder(one) / store.CHECKPOINTS / checkpoint.TRAINED
-    kept = trial_done.trained(one) or trial_done.done_before(one)
-    return kept is not None or (ended.exists() and not trial_done.anew(one))
+    if (held := trial_done.done_before(one)) is not None and trial_done.lacks_answers_of_base(one, held):
+        return True
+    return trial_done.trained(one) is not None or (ended.exists() and not trial_done.anew(one))
 
 
 def _step(one: Trial) -> int:
