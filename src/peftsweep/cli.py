@@ -152,15 +152,16 @@ def _hydra() -> int:
     os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra then raises what it would else print as ten lines
     try:
         hydra.main(version_base="1.3", config_path=fill.conf_dir(), config_name="config")(_task)()
+        code = 0
     except errors.NotRun:
         return NOT_RUN
-    except errors.SweepFailed:
-        return 1
-    except ValueError as error:
-        if "No trials are completed" not in str(error):
+    except (errors.SweepFailed, ValueError) as error:
+        # Hydra's Optuna stops by a ValueError if every trial failed; each failure has been printed already.
+        if not isinstance(error, errors.SweepFailed) and "No trials are completed" not in str(error):
             raise
-        return 1  # Optuna stops so if every trial failed; each failure has been printed already
-    return NOT_RUN if sweep_record.not_run() else 0
+        code = 1
+    sweep_record.command_ends()
+    return code or (NOT_RUN if sweep_record.not_run() else 0)
 
 
 def _checked(words: Sequence[str]) -> list[str]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import errno
 import gc
 import logging
@@ -94,6 +95,18 @@ def test_a_metric_that_ends_the_process_fails_its_trial_alone(raised: BaseExcept
         raise raised
     with pytest.raises(KeyboardInterrupt), ends_as_error():
         raise KeyboardInterrupt
+
+
+@pytest.mark.parametrize("child_raises", [True, False])
+def test_a_process_that_a_metric_has_forked_runs_no_rest_of_the_trial(child_raises: bool) -> None:
+    own = os.getpid()
+    with contextlib.suppress(ValueError), ends_as_error():
+        child = os.fork()
+        if not child and child_raises:
+            raise ValueError
+    if os.getpid() != own:
+        os._exit(0)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 1
 
 
 def test_a_job_that_is_taken_off_its_machine_during_an_evaluation_ends_as_its_scheduler_wants() -> None:

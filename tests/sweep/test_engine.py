@@ -28,8 +28,9 @@ from peftsweep.errors import Unwritable
 from peftsweep.observe.display import Display, TrialView
 from peftsweep.study import claims, record, store
 from peftsweep.study.record import Result, Status
-from peftsweep.sweep import engine, workers
-from peftsweep.trial import done, task
+from peftsweep.sweep import engine, processes, workers
+from peftsweep.trial import done, outcome, task
+from peftsweep.trial.session import Session
 from tests.conftest import SMALL, UNWRITTEN, records, scores, start, wait_for
 
 Command = Callable[..., tuple[int, str, str]]
@@ -121,6 +122,17 @@ def left_behind(one: Trial, host: str = "") -> None:
     record.write_json(file, {"host": host or record.host(), "pid": dead.pid, "started": 0.0})
 
 
+def record_success(one: Trial) -> Path:
+    """The folder of the trial, as if it had succeeded."""
+    folder = done.folder(one)
+    about = outcome.run_info(one, folder) | {"status": "success", "total_seconds": 1.0}
+    ended = Result(about, one.choices, one.tree)
+    ended.train_info = {"trainable_parameters": 1, "total_parameters": 1, "steps": 1, "train_seconds": 1.0}
+    folder.mkdir(parents=True, exist_ok=True)
+    ended.write(folder)
+    return folder
+
+
 def run(trials: list[Trial], launch: engine.Launch) -> dict[str, Result]:
     with Display(len(trials)) as display:
         return {one.label: result for one, result in engine.run(trials, launch, display)}
@@ -169,12 +181,42 @@ def test_a_trial_whose_process_dies_twice_is_recorded_and_costs_no_other(three: 
     assert given == [["r2", "r4", "r8"], ["r4"], ["r8"]]
 
 
+def test_a_process_that_the_host_killed_for_its_memory_is_found_among_those_that_ended_with_it(
+    three: list[Trial], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As with joblib, which ends all of its processes when one is killed."""
+    killed: list[str] = []
+    monkeypatch.setattr(processes, "oom_kills", lambda: len(killed))
+
+    def launch(trials: Sequence[Trial]) -> list[None]:
+        for one in trials:
+            if one.label == "r4":
+                killed.append(one.label)
+                for other in trials[trials.index(one) :]:
+                    left_behind(other)
+                raise RuntimeError("a worker was terminated")
+            record_success(one)
+        return [None] * len(trials)
+
+    ended = run(three, launch)
+    assert {label: one.status for label, one in ended.items()} == {
+        "r2": Status.success,
+        "r4": Status.oom,
+        "r8": Status.success,
+    }
+    assert (ended["r4"].error or {})["message"] == "its process was killed, as the host was out of memory"
+
+
 def test_a_job_that_ends_without_a_record_is_tried_twice(three: list[Trial]) -> None:
     ended = run(three[:1], lambda trials: [None])
     assert (ended["r2"].error or {})["message"] == "its process ended without a record"
 
 
-def test_the_stage_in_which_a_process_died_is_that_of_its_log(three: list[Trial]) -> None:
+def test_the_stage_in_which_a_process_died_is_that_of_its_log(
+    three: list[Trial], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(engine, "POLL_SECONDS", 600.0)  # the record must not be seen before it is deleted
+
     def launch(trials: Sequence[Trial]) -> list[None]:
         engine.job(trials[0])
         (done.folder(trials[0]) / "result.json").unlink()  # as if it had been killed in its last stage
@@ -227,11 +269,7 @@ def test_a_trial_that_others_run_is_waited_for(three: list[Trial]) -> None:
         return [None]
 
     def end() -> None:
-        ended = Result({"status": "success", "trial": "x", "labels": ["r2"], "identity": three[0].identity}, {}, {})
-        ended.train_info = {"trainable_parameters": 1, "total_parameters": 1, "steps": 1, "train_seconds": 1.0}
-        folder = done.folder(three[0])
-        folder.mkdir(parents=True)
-        ended.write(folder)
+        record_success(three[0])
         claim.__exit__(None, None, None)
 
     assert run(three[:1], launch)["r2"].status is Status.success
@@ -252,6 +290,28 @@ def test_a_trial_that_others_run_is_not_launched_unless_they_leave_it(three: lis
 
     ended = run(three, launch)
     assert given == [["r8"], ["r2", "r4"]]
+    assert [one.status for one in ended.values()] == [Status.success] * 3
+
+
+def test_a_trial_in_the_queue_is_not_launched_unless_its_job_leaves_no_record(three: list[Trial]) -> None:
+    """As after a command was killed whose jobs still wait for a machine."""
+    given, asked = list[list[str]](), list[int]()
+
+    def queued(trials: Sequence[Trial]) -> dict[str, str]:
+        asked.append(len(trials))
+        if len(asked) == 2:
+            record_success(three[0])  # by its job
+        return {one.identity: "7_0" for one in trials if one.label != "r8" and len(asked) < 3}
+
+    def launch(trials: Sequence[Trial]) -> list[None]:
+        given.append([one.label for one in trials])
+        for one in trials:
+            record_success(one)
+        return [None] * len(trials)
+
+    with Display(3) as display:
+        ended = {one.label: result for one, result in engine.run(three, launch, display, queued)}
+    assert given == [["r8"], ["r4"]]
     assert [one.status for one in ended.values()] == [Status.success] * 3
 
 
@@ -298,25 +358,73 @@ def test_a_record_of_the_same_second_is_another_one(three: list[Trial]) -> None:
     assert versions[0] != versions[1]
 
 
-def test_the_record_of_an_earlier_attempt_is_not_that_of_a_worker_that_dies_before_it_begins(
-    three: list[Trial], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    one = three[0]
-    failure = {"type": "KeyboardInterrupt", "message": "interrupted", "stage": "train", "traceback": ""}
-    task.died(one, Status.cancelled, failure, 1.0)
+FAILURE = {"type": "KeyboardInterrupt", "message": "interrupted", "stage": "train", "traceback": ""}
+
+
+def ends_in_a_pool(
+    one: Trial, how: str, monkeypatch: pytest.MonkeyPatch, meanwhile: Callable[[], object] = lambda: None
+) -> Result:
+    """The record of a trial whose worker ends so, after ``meanwhile`` has happened."""
     here = {"job": [one], "views": [TrialView(Display(1), "r2")], "before": done.Before([one])}
     taken = SimpleNamespace(**here, connection=None, process=SimpleNamespace(sentinel=None))
     taken.take = lambda: taken.__dict__.update(job=[]) or [one]
-    taken.death = lambda: (Status.failed, failure | {"message": "its process ended by SIGKILL"})
+    taken.death = lambda: (Status.failed, FAILURE | {"message": "its process ended by SIGKILL"})
+    taken.failure = lambda kind, message: FAILURE | {"type": kind, "message": message}
     monkeypatch.setattr("multiprocessing.connection.wait", lambda *_: [])
-    monkeypatch.setattr(workers, "_ended", lambda *_: ("died", ""))
+    monkeypatch.setattr(workers, "_ended", lambda *_: (how, ""))
     taken.since = time.monotonic()
-    options = workers.Options()
+    meanwhile()
+    options = workers.Options(timeout=1.0)
     with Display(1) as display:
         ended = [*workers._in_pool(deque(), [taken], workers.Budget(options), display, options)]  # type: ignore[list-item]
-    assert [(result.status, (result.error or {})["message"]) for _, result in ended] == [
-        (Status.failed, "its process ended by SIGKILL")
-    ]
+    ((_, result),) = ended
+    return result
+
+
+def test_the_record_of_an_earlier_attempt_is_not_that_of_a_worker_that_dies_before_it_begins(
+    three: list[Trial], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    task.died(three[0], Status.cancelled, FAILURE, 1.0)
+    result = ends_in_a_pool(three[0], "died", monkeypatch)
+    assert (result.status, (result.error or {})["message"]) == (Status.failed, "its process ended by SIGKILL")
+
+
+def test_a_trial_that_wrote_its_record_before_its_time_was_over_is_no_timeout(
+    three: list[Trial], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As where the GPU, or a metric's thread, keeps the process after that."""
+    result = ends_in_a_pool(three[0], "timeout", monkeypatch, lambda: record_success(three[0]))
+    assert result.status is Status.success
+    assert ends_in_a_pool(three[1], "timeout", monkeypatch).error == FAILURE | {
+        "type": "TimeoutError",
+        "message": "it took longer than hydra.launcher.timeout, 1 seconds",
+    }
+
+
+@pytest.mark.parametrize(("how", "status"), [("died", Status.failed), ("cancelled", Status.cancelled)])
+def test_a_finished_trial_whose_profile_is_cut_off_keeps_its_record(
+    how: str, status: Status, compose: Compose, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    one = compose(*UNWRITTEN, "profiler=memory", "label=r2")
+    folder = record_success(one)
+    before = (folder / "result.json").read_bytes()
+    assert ends_in_a_pool(one, how, monkeypatch).status is status
+    assert (folder / "result.json").read_bytes() == before
+
+
+def test_base_scores_that_cannot_be_made_again_cost_no_record(
+    three: list[Trial], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fails(_: Any) -> None:
+        raise MemoryError
+
+    before = (record_success(three[0]) / "result.json").read_bytes()
+    monkeypatch.setattr(task, "lacks_answers_of_base", lambda *_: True)
+    monkeypatch.setattr(done, "lacks_answers_of_base", lambda *_: True)
+    monkeypatch.setattr(Session, "score_base_again", fails)
+    result = task.run(three[0])
+    assert result.status is Status.oom
+    assert (done.folder(three[0]) / "result.json").read_bytes() == before
 
 
 # ---- what a user sees ------------------------------------------------------------------------------

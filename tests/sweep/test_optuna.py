@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import itertools
 import math
+import os
+import subprocess
+import sys
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -20,8 +23,9 @@ from optuna.trial import TrialState
 from peftsweep import cli
 from peftsweep.config import checks
 from peftsweep.errors import InputError
-from peftsweep.search import pruning, search, space
+from peftsweep.search import journal_lock, pruning, search, space
 from peftsweep.search.search import Options, Search
+from peftsweep.study import owner
 from peftsweep.study.record import Result
 from tests.conftest import SMALL, start, wait_for
 
@@ -211,9 +215,12 @@ def test_a_sampler_finds_the_middle_of_a_bowl_better_than_chance() -> None:
     assert best["tpe"] < best["random"]
 
 
-def test_two_commands_at_once_run_a_search_to_its_number_of_trials(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("storage", [None, pytest.param("sqlite:///search.db", marks=pytest.mark.slow)])
+def test_two_commands_at_once_run_a_search_to_its_number_of_trials(
+    storage: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
     found, _ = dimensions(*PLANE)
-    commands = [Search(options(n_trials=3), found) for _ in range(2)]
+    commands = [Search(options(n_trials=3, storage=storage), found) for _ in range(2)]
     sampler = Search._sampler
 
     def slow(self: Search, number: int) -> Any:
@@ -227,7 +234,54 @@ def test_two_commands_at_once_run_a_search_to_its_number_of_trials(monkeypatch: 
             for one, batch in zip(commands, batches, strict=True):
                 for trial, job in zip(batch, bowl([one.point(trial) for trial in batch]), strict=True):
                     one.tell(trial, job)
-    assert [trial.state.name for trial in told()] == ["COMPLETE"] * 3
+    assert [trial.state.name for trial in commands[0].trials()] == ["COMPLETE"] * 3
+
+
+def left_by_a_killed_process(journal: Path) -> None:
+    dead = subprocess.run([sys.executable, "-c", "import os; print(os.getpid())"], capture_output=True, text=True)
+    os.symlink(owner.tag().replace(str(os.getpid()), dead.stdout.strip(), 1), f"{journal}.lock")
+
+
+def left_by_an_earlier_version(journal: Path) -> None:
+    os.symlink(journal, f"{journal}.lock")  # which leads nowhere, as the path is not relative to the link's folder
+
+
+def left_by_another_lock(journal: Path) -> None:
+    Path(f"{journal}.lock").touch()
+
+
+@pytest.mark.parametrize("left", [left_by_a_killed_process, left_by_an_earlier_version, left_by_another_lock])
+def test_the_lock_of_a_journal_ends_with_the_process_that_holds_it(
+    left: Callable[[Path], None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    journal = Path("multirun/default/optuna.journal")
+    seconds = 100.0 if left is left_by_a_killed_process else 0.2  # it is seen to be dead
+    monkeypatch.setattr(journal_lock, "SILENT_SECONDS", seconds)
+    study = optuna.create_study(storage=pruning.open_storage(str(journal)))
+    left(journal)
+    study.ask()
+    assert len(study.trials) == 1
+    assert not os.path.lexists(f"{journal}.lock")
+    left(journal)
+    journal_lock.JournalLock(str(journal)).release()  # not its own
+    assert os.path.lexists(f"{journal}.lock")
+
+
+def test_the_lock_of_a_living_process_is_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(journal_lock, "SILENT_SECONDS", 0.0)
+    held, entered = journal_lock.JournalLock("journal"), list[float]()
+
+    def enter() -> None:
+        journal_lock.JournalLock("journal").acquire()
+        entered.append(time.monotonic())
+
+    held.acquire()
+    with ThreadPoolExecutor(1) as pool:
+        pool.submit(enter)
+        time.sleep(0.1)
+        freed = time.monotonic()
+        held.release()
+    assert entered[0] >= freed
 
 
 def test_several_are_asked_for_at_once() -> None:

@@ -403,7 +403,7 @@ class Told(Exception): pass
 processes._go_on_guarded = lambda *_: None
 processes._cuda_lost = lambda: True
 (mine, theirs), held = Pipe(), Pipe(duplex=False)[0]
-processes._work(theirs, held, os.devnull, None, None, "")
+processes._work(theirs, held, os.devnull, None, None)
 os.kill(os.getpid(), signal.SIGTERM)
 assert mine.recv() == (processes.CUDA_LOST, os.getpid())
 if (forked := os.fork()) == 0:

@@ -15,6 +15,7 @@ from typing import Any
 
 import pytest
 
+from peftsweep.config.compose import Trial
 from peftsweep.study.record import Status
 from tests.conftest import records, start, wait_for
 
@@ -163,6 +164,37 @@ def test_an_interrupt_names_the_jobs_that_it_leaves_in_the_queue(
     assert capsys.readouterr().err == ""
 
 
+def test_a_job_that_waits_in_the_queue_is_found_by_a_later_command(
+    compose: Callable[..., Trial], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    trials = [compose(f"method.r={r}") for r in (2, 4, 8)]
+    facts: list[dict[str, Any]] = [{"job_id": name, "_cancel_at_deletion": False} for name in ("7_0", "7_1")]
+    jobs = [slurm.SlurmJob.__new__(type("Job", (slurm.SlurmJob,), one)) for one in facts]
+    monkeypatch.setattr(slurm.AutoExecutor, "map_array", lambda *_: jobs)
+
+    def interrupted() -> None:
+        slurm.AutoExecutor.map_array(None, "words")
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt), slurm.jobs_end_alone(trials[:2]):
+        interrupted()
+    first, second, _ = (one.identity for one in trials)
+    programs = answers(monkeypatch, squeue="7_0|PENDING\n7_1|CANCELLED\n8_0|RUNNING\n")
+    assert slurm.Queue().jobs(trials) == {first: "7_0"}
+    assert slurm.Queue().jobs(trials[1:]) == {}
+    assert len(programs) == 1  # not asked about the second, whose note is gone
+    answers(monkeypatch, squeue=subprocess.TimeoutExpired("squeue", 60))
+    assert slurm.Queue().jobs(trials) == {first: "7_0"}  # it may be there still
+    answers(monkeypatch, squeue=FileNotFoundError())
+    assert slurm.Queue().jobs(trials) == {}
+    with slurm.jobs_end_alone(trials[:2]):
+        slurm.AutoExecutor.map_array(None, "words")
+    programs = answers(monkeypatch, squeue="7_0|PENDING\n")
+    assert slurm.Queue().jobs(trials) == {}  # all of them have ended
+    assert not programs
+    assert second != first
+
+
 # ---- a real SLURM ----------------------------------------------------------------------------------
 
 
@@ -266,6 +298,26 @@ def test_a_parent_that_is_killed_leaves_its_jobs_and_the_same_command_ends_with_
     process.communicate()
     code, out, _ = end(run(*LONG, "method.r=2,4,8"))
     assert (code, statuses()) == (0, ["success"] * 3), out
+
+
+@on_slurm
+def test_jobs_that_wait_when_their_command_is_killed_are_not_submitted_again(run: Run) -> None:
+    blocker = told("sbatch", "--parsable", "--output=/dev/null", "--exclusive", "--wrap=sleep 1500").strip()
+    process = run(*WORDS, "train.steps=4", "method.r=2,4")
+    assert wait_for(lambda: told("squeue", f"--jobs={blocker}", "--noheader", "--states=running"), process)
+    queue = ["squeue", "--me", "--array", "--noheader", "--states=pending"]
+    wait_for(lambda: len(told(*queue).splitlines()) == 2, process)
+    time.sleep(1)
+    process.kill()
+    process.communicate()
+    again = run(*WORDS, "train.steps=4", "method.r=2,4")
+    assert again.stdout is not None
+    lines = iter(again.stdout.readline, "")
+    assert any("waits for 2 trials in the queue" in line for line in lines)
+    assert len(told(*queue).splitlines()) == 2
+    subprocess.run(["scancel", blocker], check=True)
+    code, out, _ = end(again)
+    assert (code, statuses()) == (0, ["success"] * 2), out
 
 
 def change(job: str, *settings: str) -> None:

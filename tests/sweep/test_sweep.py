@@ -15,8 +15,10 @@ from typing import Any
 
 import pytest
 
+from peftsweep.config.compose import Trial
 from peftsweep.study import atomic
 from peftsweep.study.record import Result, Status
+from peftsweep.trial import outcome, task
 from tests.conftest import ALL_TARGETS, SMALL, UNWRITTEN, records, scores, start, wait_for
 
 Command = Callable[..., tuple[int, str, str]]
@@ -33,6 +35,32 @@ def test_a_sweep_trains_every_point_once_and_a_rerun_none(command: Command) -> N
     assert code == 0
     assert sum(line.startswith("done before: ") for line in out.splitlines()) == 2
     assert {name: result.run_info["created_at"] for name, result in records().items()} == before
+
+
+def test_a_command_with_force_that_was_cut_off_goes_on_and_one_that_ended_begins_anew(
+    command: Command, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ran: list[int] = []
+
+    def at_once(trial: Trial, place: Path, observer: Any) -> Result:
+        result = outcome.begin(trial, place)
+        result.run_info |= {"status": "success", "error": None, "total_seconds": 1.0}
+        result.train_info = {"trainable_parameters": 1, "total_parameters": 1, "steps": 1, "train_seconds": 1.0}
+        result.write(place)
+        ran.append(trial.config.method["r"])
+        return result
+
+    monkeypatch.setattr(task, "_run_claimed", at_once)
+    words = [*UNWRITTEN, "method.r=2,4,8", "force=true"]
+    assert command(*words, "hydra.launcher.workers=0", "hydra.launcher.limit=2")[0] == 3
+    code, out, _ = command(*words, "dry_run=true")
+    assert (code, out.splitlines()[-1].partition(";")[0]) == (0, "3 trials, 1 new")
+    code, out, _ = command(*words)
+    assert (code, ran) == (0, [2, 4, 8])
+    assert "trials that it has forced are not run once more" in out
+    code, out, _ = command(*words)
+    assert (code, ran) == (0, [2, 4, 8] * 2)
+    assert "run once more" not in out
 
 
 def test_a_failing_trial_does_not_stop_the_others(command: Command, fails_at_rank: Callable[[int], None]) -> None:

@@ -7,7 +7,9 @@ import gc
 import json
 import weakref
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 from unittest.mock import Mock
 
@@ -20,9 +22,12 @@ from peftsweep.config.compose import Trial
 from peftsweep.evaluation import evaluate
 from peftsweep.forecast import forecast
 from peftsweep.models import losses
+from peftsweep.study import sweep_record
 from peftsweep.study.record import Result, Status
 from peftsweep.training import loop
 from peftsweep.trial import done
+from peftsweep.trial.done import Oversized
+from peftsweep.trial.session import Session
 
 RunSmall = Callable[..., Result]
 Compose = Callable[..., Trial]
@@ -177,6 +182,24 @@ def test_what_is_predicted_not_to_fit_is_refused_until_the_limit_is_raised(run_u
     assert "there are 1.0 MB" in (refused.error or {})["message"]
     assert run_unwritten("memory_limit=1MB", "skip_oversized=true").run_info == refused.run_info
     assert run_unwritten("memory_limit=8GB", "skip_oversized=true").status is Status.success
+
+
+def test_a_device_that_trials_share_has_a_part_of_its_memory_for_each(
+    compose: Callable[..., Trial], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(forecast, "prediction", lambda *_, **__: SimpleNamespace(peak_bytes=30e9))
+    monkeypatch.setattr("peftsweep.models.model.device", lambda _: torch.device("cuda"))
+    monkeypatch.setattr("torch.cuda.get_device_properties", lambda _: SimpleNamespace(total_memory=80e9))
+    one = compose()
+    assert [forecast.oversized(one, at_once=count) is None for count in (1, 2, 3)] == [True, True, False]
+    reason = str(forecast.oversized(one, at_once=4))
+    assert reason.startswith("predicted to need 30.0 GB, there are 20.0 GB for each of 4 trials on the device; try ")
+    assert reason.endswith(", or fewer hydra.launcher.workers")
+    assert forecast.oversized(compose("memory_limit=40GB"), at_once=4) is None  # which is said of one trial
+    session = SimpleNamespace(trial=one, config=replace(one.config, skip_oversized=True))
+    monkeypatch.setenv(sweep_record.AT_ONCE, "4")
+    with pytest.raises(Oversized, match="for each of 4"):
+        Session.refuse(session)  # type: ignore[arg-type]
 
 
 @pytest.mark.usefixtures("memory_foreseen")

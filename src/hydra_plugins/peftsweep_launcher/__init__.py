@@ -313,20 +313,28 @@ class EngineLauncher(LocalLauncher):
         from peftsweep.sweep import engine, sweep
 
         def place(trials: Sequence[Any]) -> list[BaseException | None]:
-            with self._watching():
+            with self._watching(trials):
                 jobs = self.launcher.launch([engine.job_words(one) for one in trials], initial_job_idx)
             return [one._return_value if one.status is JobStatus.FAILED else None for one in jobs]
 
-        run = functools.partial(sweep.run, launch=place, sweep_record=self._record(None))
+        run = functools.partial(sweep.run, launch=place, sweep_record=self._record(None), **self._queue())
         return self._launch(job_overrides, run)
 
-    def _watching(self) -> AbstractContextManager[None]:
-        """What the other launcher needs around it to tell how each of its jobs ends."""
+    def _watching(self, trials: Sequence[Any]) -> AbstractContextManager[None]:
+        """What the other launcher needs around it to tell how each of its jobs, those of ``trials``, ends."""
         if "submitit" not in self.engine._target_:
             return nullcontext()
         from peftsweep.sweep import slurm
 
-        return slurm.jobs_end_alone()
+        return slurm.jobs_end_alone(trials)
+
+    def _queue(self) -> dict[str, Any]:
+        """The jobs of earlier commands in the queue of the other launcher, as an argument of ``sweep.run``."""
+        if "submitit" not in self.engine._target_:
+            return {}
+        from peftsweep.sweep import slurm
+
+        return {"queued": slurm.Queue().jobs}
 
 
 class Engines(Callback):

@@ -91,10 +91,12 @@ def ends_as_error() -> Iterator[None]:
     by a handler of signals from before the block is let through: it is how a job that a scheduler takes off its machine
     ends, after it was put back into the queue.
 
+    A process that the block has forked ends here at the latest: it must not run the rest of the trial as well.
+
     Raises:
         RuntimeError: it ended by one of these.
     """
-    with _raised_by_handlers() as handled:
+    with _forked_processes_ended(), _raised_by_handlers() as handled:
         try:
             yield
         except OSError as error:
@@ -107,6 +109,17 @@ def ends_as_error() -> Iterator[None]:
             if error in handled:
                 raise
             raise RuntimeError(f"it ended by {type(error).__name__}: {error}") from error
+
+
+@contextmanager
+def _forked_processes_ended() -> Iterator[None]:
+    """End a process that the block has forked and that leaves the block, without a word."""
+    own = os.getpid()
+    try:
+        yield
+    finally:
+        if os.getpid() != own:
+            os._exit(1)
 
 
 @contextmanager

@@ -422,12 +422,18 @@ def _shapes(trial: Trial, tokens: Sequence[Tokens] | None, seed: int = 0) -> lis
     return _SHAPES[key]
 
 
-def oversized(trial: Trial, *, own_order: bool = False) -> str | None:
-    """The reason why the trial will not fit into the memory, by ``prediction``; None where it fits or is unknown."""
-    limit = memory_limit(trial)
+def oversized(trial: Trial, *, own_order: bool = False, at_once: int = 1) -> str | None:
+    """The reason why the trial will not fit into the memory, by ``prediction``; None where it fits or is unknown.
+
+    ``at_once`` trials run on the device at the same time, each with an equal share of it.
+    """
+    limit = memory_limit(trial, at_once)
     if limit is None or (found := prediction(trial, own_order=own_order)) is None or found.peak_bytes <= limit:
         return None
-    return f"predicted to need {size(found.peak_bytes)}, there are {size(limit)}; {smaller(trial.config, 'train')}"
+    shared = at_once > 1 and trial.config.memory_limit is None
+    there = f"{size(limit)} for each of {at_once} trials on the device" if shared else size(limit)
+    advice = smaller(trial.config, "train") + (", or fewer hydra.launcher.workers" if shared else "")
+    return f"predicted to need {size(found.peak_bytes)}, there are {there}; {advice}"
 
 
 def smaller(config: Config, stage: str) -> str:
@@ -442,9 +448,9 @@ def smaller(config: Config, stage: str) -> str:
     return "try " + ", ".join([*keys, ("or " if keys else "") + "a smaller dataset.max_length or model"])
 
 
-def memory_limit(trial: Trial) -> float | None:
-    """The bytes of ``memory_limit`` if it is set, else those of the device; None on a CPU."""
+def memory_limit(trial: Trial, at_once: int = 1) -> float | None:
+    """The bytes of ``memory_limit`` if it is set, else a share of the device for ``at_once`` trials; None on a CPU."""
     if trial.config.memory_limit is not None:
         return checks.size_in_bytes(trial.config.memory_limit, "memory_limit")
     device = models_model.device(trial.config.device)
-    return float(torch.cuda.get_device_properties(device).total_memory) if device.type == "cuda" else None
+    return torch.cuda.get_device_properties(device).total_memory / at_once if device.type == "cuda" else None

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from peftsweep.errors import InputError, first_line, suggest
+from peftsweep.search.journal_lock import JournalLock
 from peftsweep.study import store
 from peftsweep.study.scores import is_minimized
 
@@ -103,7 +104,7 @@ def open_storage(place: str) -> BaseStorage:
         if "://" in place:
             return storages.get_storage(place)
         Path(place).parent.mkdir(parents=True, exist_ok=True)
-        return storages.JournalStorage(JournalFileBackend(place))
+        return storages.JournalStorage(JournalFileBackend(place, JournalLock(place)))
     except OSError:
         raise
     except Exception as error:  # whatever a database, its driver or a damaged journal raises

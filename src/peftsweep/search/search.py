@@ -11,7 +11,7 @@ import inspect
 import math
 import warnings
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
@@ -45,6 +45,7 @@ class Options:
     n_jobs: int  # trials that are chosen and run at the same time
     directions: tuple[str, ...]
     storage: str
+    lock: Path  # the file that is locked while the search is read and changed: the journal, or one of the study
     study_name: str
     sampler: dict[str, Any]
     pruner: dict[str, Any]
@@ -110,11 +111,14 @@ def options(given: Mapping[str, Any], objective: Any, study: str, searched: Any,
     if len(directions) > 1 and pruner.get("_target_") != pruning.NONE:
         raise InputError("hydra.sweeper.pruner: Optuna prunes by one objective, not by several")
     named = fingerprint.of_values([searched, objectives, directions])
+    journal = store.folder(study) / pruning.JOURNAL
+    storage = str(given.get("storage") or journal)
     return Options(
         n_trials=n_trials,  # type: ignore[arg-type]
         n_jobs=at_once if n_jobs is None else n_jobs,
         directions=directions,
-        storage=str(given.get("storage") or store.folder(study) / pruning.JOURNAL),
+        storage=storage,
+        lock=journal if "://" in storage else Path(storage),
         study_name=str(given.get("study_name") or f"peftsweep-{named[:NAME_LENGTH]}"),
         sampler=dict(given.get("sampler") or {}),
         pruner=pruner,
@@ -250,9 +254,9 @@ class Search:
                 self._exhausted = True
 
     def _alone(self) -> AbstractContextManager[None]:
-        """In this context no other command reads or changes the search; of a database it may all the same."""
-        place = self.options.storage
-        return nullcontext() if "://" in place else claims.deciding(Path(place))
+        """In this context no other command of the study reads or changes the search, whatever its storage is."""
+        self.options.lock.parent.mkdir(parents=True, exist_ok=True)
+        return claims.deciding(self.options.lock)
 
     def _report_stop(self, trial: FrozenTrial, result: Result) -> None:
         """Report to Optuna the last value of a trial that was pruned before, at the same point."""

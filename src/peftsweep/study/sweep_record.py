@@ -5,17 +5,21 @@ These seconds are the overhead of a sweep: imports, checks of all points, the st
 
 from __future__ import annotations
 
+import hashlib
+import json
 import os
+import re
 import time
 import uuid
 from collections import Counter
 from collections.abc import Sequence
+from contextlib import suppress
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 from peftsweep.study import owner, record
-from peftsweep.study.reading import usable
+from peftsweep.study.reading import Unreadable, read_text, usable
 from peftsweep.study.record import Result
 
 FOLDER = "sweeps"
@@ -23,7 +27,12 @@ COMMAND = "PEFTSWEEP_COMMAND"  # the environment variable with the token of the 
 AT_ONCE = "PEFTSWEEP_TRIALS_AT_ONCE"  # the environment variable of a worker for the result of ``trials_at_once``
 AT_ONCE_KEY = "trials_at_once"  # the key of a record's ``meta_info.system`` for it
 DURATION_FIELDS = {"seconds": (int, float), "seconds_outside_trials": (int, float)}  # the fields that are read again
+FORCED = (
+    ".forced"  # the suffix of a file with the token of a command with force=true that has not run all of its trials
+)
+PLACING = re.compile(r"(dry_run|quiet|hydra[./]launcher)\b")  # words that say how and where a command runs its trials
 _began: list[float] = []
+_forced: list[Path] = []  # the files of suffix FORCED of this command
 _not_run: list[int] = []  # the number of trials not run, for each sweep of the command
 plans: list[Path] = []  # the plans that the command has written with dry_run=true
 
@@ -31,9 +40,16 @@ plans: list[Path] = []  # the plans that the command has written with dry_run=tr
 def command_begins() -> None:
     """Note that a command has just started, in this process; the processes that it starts inherit its token."""
     _began[:] = [time.perf_counter()]
-    _not_run.clear()
-    plans.clear()
+    for noted in (_not_run, _forced, plans):
+        noted.clear()
     os.environ[COMMAND] = uuid.uuid4().hex
+
+
+def command_ends() -> None:
+    """Note that the command has come to its end. If it has run all of its trials, the next one forces them again."""
+    for file in [] if not_run() or plans else _forced:
+        with suppress(OSError):
+            file.unlink()
 
 
 def command_token() -> str:
@@ -70,8 +86,9 @@ class SweepRecord:
     def __init__(self, study: Path, words: Sequence[str], workers: int | None) -> None:
         self._began = _began.pop() if _began else time.perf_counter()
         self._file = study / FOLDER / f"{time.strftime('%Y%m%d-%H%M%S')}-{owner.tag()}.json"
+        self._words = list(words)
         self._facts = {
-            "command": list(words),
+            "command": self._words,
             "created_at": record.now(),
             "host": record.host(),
             "workers": workers,  # on this machine; null: another launcher ran the trials
@@ -79,6 +96,30 @@ class SweepRecord:
         self._spans: list[tuple[float, float]] = []  # begin and end of each trial, by time.perf_counter
         self._ended: Counter[str] = Counter()
         self._left = 0
+
+    def resume_forced(self) -> str | None:
+        """With ``force=true``: take the token of the same command that was cut off, if there is one; returns its date.
+
+        The trials that it has run are then done, and those that it has begun go on, as after any other cut. Other
+        versions of the packages run all trials again.
+        """
+        words = sorted(word for word in self._words if not PLACING.match(word))
+        about = json.dumps([words, record.packages()], sort_keys=True)
+        file = self._file.with_name(hashlib.sha256(about.encode()).hexdigest()[:16] + FORCED)
+        if file in _forced or not command_token():
+            return None
+        _forced.append(file)
+        try:
+            token, since = read_text(file), time.localtime(file.stat().st_mtime)
+        except (Unreadable, OSError):
+            return None
+        os.environ[COMMAND] = token
+        return time.strftime("%Y-%m-%d %H:%M", since)
+
+    def begin_forced(self) -> None:
+        """Write the token for ``resume_forced``, before the first trial runs."""
+        for file in _forced:
+            record.write_text(file, command_token())
 
     def add(self, result: Result) -> None:
         """Note a trial that has just ended."""

@@ -12,7 +12,7 @@ import os
 import threading
 import time
 from collections import Counter, deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
@@ -23,6 +23,7 @@ from peftsweep.study import claims as study_claims
 from peftsweep.study import record, store, sweep_record
 from peftsweep.study.claims import Claim
 from peftsweep.study.record import Result, Status, trials_in_words
+from peftsweep.sweep import processes
 from peftsweep.sweep.workers import CLAIM_RETRY_SECONDS
 from peftsweep.trial import done, outcome, task
 
@@ -42,6 +43,14 @@ class WorkerDied(Exception):
 
 
 Launch = Callable[[Sequence[Trial]], Sequence[BaseException | None]]  # runs ``job`` for each trial; returns errors
+
+
+Queued = Callable[[Sequence[Trial]], Mapping[str, str]]  # the jobs of trials that are in a queue already, by identity
+
+
+def nothing_queued(_: Sequence[Trial]) -> Mapping[str, str]:
+    """The jobs in the queue of a launcher that has none."""
+    return {}
 
 
 def job_words(trial: Trial) -> list[str]:
@@ -75,10 +84,13 @@ def job(trial: Trial) -> None:
             time.sleep(CLAIM_RETRY_SECONDS)
 
 
-def run(trials: Sequence[Trial], launch: Launch, display: Display) -> Iterator[tuple[Trial, Result]]:
+def run(
+    trials: Sequence[Trial], launch: Launch, display: Display, queued: Queued = nothing_queued
+) -> Iterator[tuple[Trial, Result]]:
     """Run ``trials`` by ``launch``, again where a process dies, and yield each with its record.
 
-    Trials that other processes run, such as the jobs of a command that was killed, are waited for and not launched.
+    Trials that other processes run or that are ``queued``, such as by a command that was killed, are waited for and not
+    launched.
 
     Raises:
         InputError: the launcher runs nothing; it says why.
@@ -89,17 +101,28 @@ def run(trials: Sequence[Trial], launch: Launch, display: Display) -> Iterator[t
         left = batches.popleft()
         watch = _Watch(left, display)
         raised: Exception | None = None
-        given = [trial for trial in left if _claimed(trial) is not Claim.held]
+        free = [trial for trial in left if _claimed(trial) is not Claim.held]
+        jobs = queued(free)
+        waiting = [trial for trial in free if trial.identity in jobs]
+        given = [trial for trial in free if trial.identity not in jobs]
         launched, problems = {trial.identity for trial in given}, dict[str, BaseException | None]()
-        if len(given) < len(left):
-            display.say(f"    waits for {trials_in_words(len(left) - len(given))} that other processes run")
+        oom_kills = processes.oom_kills()
+        if len(free) < len(left):
+            display.say(f"    waits for {trials_in_words(len(left) - len(free))} that other processes run")
+        if waiting:
+            arrays = " ".join(sorted({name.partition("_")[0] for name in jobs.values()}))
+            display.say(
+                f"    waits for {trials_in_words(len(waiting))} in the queue, submitted by an earlier command; "
+                f"scancel {arrays} has them submitted anew"
+            )
         with watch.looking():
             try:
                 ended = launch(given) if given else []
                 problems = {trial.identity: problem for trial, problem in zip(given, ended, strict=True)}
             except Exception as error:  # whatever a launcher raises when one of its jobs dies
                 raised = error
-            while watch.waits():  # for jobs that still run, or whose machine was lost
+            # For jobs that still run, or whose machine was lost, and for those of earlier commands.
+            while watch.waits() or queued([one for one in waiting if one.identity not in watch.results]):
                 time.sleep(POLL_SECONDS)
         if full := next(filter(None, map(store.unwritable, filter(None, [raised, *problems.values()]))), None):
             raise full
@@ -110,6 +133,8 @@ def run(trials: Sequence[Trial], launch: Launch, display: Display) -> Iterator[t
         for trial in left:
             problem = problems.get(trial.identity)
             if trial.identity in launched:
+                if len(launched) == 1 and claims[trial.identity] is Claim.left and processes.oom_kills() > oom_kills:
+                    problem = WorkerDied("its process was killed, as the host was out of memory", Status.oom)
                 tries[trial.identity] += claims[trial.identity] is Claim.left or raised is None
             if result := watch.results.get(trial.identity) or done.finished(trial):
                 yield trial, result

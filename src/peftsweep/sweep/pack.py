@@ -104,8 +104,10 @@ def _run_together(
 
 
 def _trained(one: Trial) -> bool:
-    """Whether the trained weights of the trial exist already."""
+    """Whether the trial has been trained already: its record, or its trained weights, exist."""
     ended = trial_done.folder(one) / store.CHECKPOINTS / checkpoint.TRAINED
+    if (held := trial_done.done_before(one)) is not None and trial_done.lacks_answers_of_base(one, held):
+        return True
     return trial_done.trained(one) is not None or (ended.exists() and not trial_done.anew(one))
 
 

@@ -75,9 +75,12 @@ def _largest_pack(group: Sequence[Trial], limit: int, fits: Fits | None) -> int:
     return 1 + bisect_left(range(2, limit), True, key=lambda size: not fits(heaviest[:size]))
 
 
-def fits_memory(trials: Sequence[Trial]) -> bool:
-    """Whether the trials fit together into the memory of the device; True where that is unknown."""
-    limit = forecast.memory_limit(trials[0])
+def fits_memory(trials: Sequence[Trial], at_once: int = 1) -> bool:
+    """Whether the trials fit together into the memory of the device; True where that is unknown.
+
+    ``at_once`` such packs share the device.
+    """
+    limit = forecast.memory_limit(trials[0], at_once)
     if limit is None or (predicted := forecast.together(trials)) is None:
         return True
     return predicted.peak_bytes <= limit

@@ -36,7 +36,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from peftsweep.errors import InputError
-from peftsweep.study import owner, sweep_record
+from peftsweep.study import owner
 from peftsweep.study.owner import left_to_parent
 
 VISIBLE = "CUDA_VISIBLE_DEVICES"
@@ -282,9 +282,7 @@ def _started(place: Place, threads: int | None, method: str) -> tuple[Child, str
     try:
         own_end, worker_end = context.Pipe()
         leash_end, leash = context.Pipe(duplex=False)
-        # The process that it is forked from may have been started by an earlier command of this process.
-        facts = (path, place, threads, sweep_record.command_token())
-        process = context.Process(target=_work, args=(worker_end, leash_end, *facts), daemon=True)
+        process = context.Process(target=_work, args=(worker_end, leash_end, path, place, threads), daemon=True)
         process.start()
         worker_end.close()
         leash_end.close()
@@ -307,10 +305,8 @@ def _work(
     output: str,
     place: Place,
     threads: int | None,
-    command: str,
 ) -> None:
     """The main function of a worker process."""
-    os.environ[sweep_record.COMMAND] = command
     os.setpgid(0, 0)  # Ctrl-C is for the parent, which then interrupts the trial once
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, left_to_parent)

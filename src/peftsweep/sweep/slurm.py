@@ -3,6 +3,8 @@
 submitit reads a job's state from ``sacct`` alone. Without accounting ``sacct`` fails: a job whose process was killed
 stays UNKNOWN, and submitit waits for it forever. Here ``squeue`` is called first, which every SLURM has. A job that
 it no longer lists has ended.
+
+Each job is noted beside the claim of its trial, so that a later command finds those that wait in the queue.
 """
 
 from __future__ import annotations
@@ -11,17 +13,22 @@ import re
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
+from pathlib import Path
 from typing import Any
 from unittest.mock import patch
 
 from hydra.core.utils import JobReturn, JobStatus
+from submitit.auto.auto import AutoExecutor
 from submitit.core import core
 from submitit.slurm.slurm import SlurmInfoWatcher, SlurmJob
 
-from peftsweep.study.record import Status
+from peftsweep.config.compose import Trial
+from peftsweep.study.reading import Unreadable, read_text
+from peftsweep.study.record import Status, write_text
 from peftsweep.sweep.engine import WorkerDied
+from peftsweep.trial import done
 
 # The states of https://slurm.schedmd.com/squeue.html#lang-job-state after which a job writes nothing more.
 ENDED = {"BOOT_FAIL", "CANCELLED", "COMPLETED", "DEADLINE", "FAILED", "NODE_FAIL", "OUT_OF_MEMORY", "TIMEOUT", "GONE"}
@@ -81,11 +88,10 @@ class QueueWatcher(SlurmInfoWatcher):  # type: ignore[misc]
     def _queue(self) -> dict[str, str] | None:
         """The state of each job of this user that SLURM still lists; None if SLURM does not answer."""
         try:
-            answer = subprocess.run(SQUEUE, capture_output=True, text=True, timeout=COMMAND_SECONDS, check=True).stdout
+            return _squeue()
         except (OSError, subprocess.SubprocessError) as error:
             self._say(f"squeue does not answer ({_cause(error)}); jobs are waited for until it does")
             return None
-        return dict(line.strip().split("|", 1) for line in answer.splitlines() if "|" in line)
 
     def _accounting(self) -> dict[str, dict[str, str]]:
         """The states of the jobs from ``sacct``; empty if accounting is off."""
@@ -106,19 +112,71 @@ class QueueWatcher(SlurmInfoWatcher):  # type: ignore[misc]
             print(f"peftsweep: {line}", file=sys.stderr)
 
 
+def _squeue() -> dict[str, str]:
+    answer = subprocess.run(SQUEUE, capture_output=True, text=True, timeout=COMMAND_SECONDS, check=True).stdout
+    return dict(line.strip().split("|", 1) for line in answer.splitlines() if "|" in line)
+
+
+class Queue:
+    """The jobs that commands have submitted for trials, by what they have noted of them."""
+
+    def __init__(self) -> None:
+        self._states: dict[str, str] = {}
+        self._asked: float | None = None
+
+    def jobs(self, trials: Sequence[Trial]) -> dict[str, str]:
+        """The job of each of ``trials``, by its identity, that waits in the queue or runs; others are forgotten.
+
+        The queue is asked every ``POLL_SECONDS`` at most, and only if a job is noted. While SLURM does not answer, the
+        jobs count as before.
+        """
+        noted = dict[Path, tuple[str, str]]()
+        for one in trials:
+            with suppress(Unreadable):
+                noted[_note(one)] = one.identity, read_text(_note(one)).strip()
+        if noted and (self._asked is None or time.monotonic() - self._asked >= POLL_SECONDS):
+            try:
+                self._states = _squeue()
+            except subprocess.SubprocessError:
+                unknown = {job: "UNKNOWN" for _, job in noted.values()} if self._asked is None else {}
+                self._states = self._states | unknown
+            except OSError:  # there is no SLURM here, which submitting will tell
+                self._states = {}
+            self._asked = time.monotonic()
+        found = dict[str, str]()
+        for note, (identity, job) in noted.items():
+            if self._states.get(job, "GONE") in ENDED:
+                note.unlink(missing_ok=True)
+            else:
+                found[identity] = job
+        return found
+
+
+def _note(trial: Trial) -> Path:
+    return done.folder(trial).parent / ".claims" / f"{trial.identity}.slurm"
+
+
 def _cause(error: Exception) -> str:
     output = str(getattr(error, "stderr", None) or error).strip()
     return output.splitlines()[-1] if output else type(error).__name__
 
 
 @contextmanager
-def jobs_end_alone() -> Iterator[None]:
-    """In this context a launcher of submitit returns the result of each of its jobs.
+def jobs_end_alone(trials: Sequence[Trial] = ()) -> Iterator[None]:
+    """In this context a launcher of submitit returns the result of each of its jobs, which are those of ``trials``.
 
     Without it the launcher raises the error of the first job that has failed, while other jobs of the array still wait.
     Jobs in a queue outlive an interrupted command; a line on stderr names those that do.
     """
-    results, watcher = core.Job.results, QueueWatcher()
+    results, submit, watcher = core.Job.results, AutoExecutor.map_array, QueueWatcher()
+
+    def submit_and_note(executor: Any, *arguments: Any) -> list[Any]:
+        jobs = list(submit(executor, *arguments))
+        for trial, job in zip(trials, jobs, strict=False):
+            if isinstance(job, SlurmJob):
+                with suppress(OSError):  # a full disk, which the job will report
+                    write_text(_note(trial), job.job_id)
+        return jobs
 
     def results_or_failure(job: Any) -> list[Any]:
         try:
@@ -128,9 +186,15 @@ def jobs_end_alone() -> Iterator[None]:
             failed._return_value = error if job.paths.result_pickle.exists() else _death(job)
             return [failed]
 
-    with patch.object(SlurmJob, "watcher", watcher), patch.object(core.Job, "results", results_or_failure):
+    with (
+        patch.object(SlurmJob, "watcher", watcher),
+        patch.object(core.Job, "results", results_or_failure),
+        patch.object(AutoExecutor, "map_array", submit_and_note),
+    ):
         try:
             yield
+            for trial in trials:
+                _note(trial).unlink(missing_ok=True)
         except KeyboardInterrupt:
             if arrays := " ".join(watcher.left()):
                 print(

@@ -9,6 +9,7 @@ from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 from peftsweep.analysis.table import naming
@@ -43,12 +44,14 @@ def run(
     budget: Budget | None = None,
     launch: Launch | None = None,
     sweep_record: SweepRecord | None = None,
+    queued: engine.Queued = engine.nothing_queued,
 ) -> list[Result | None]:
     """Run those of ``trials`` that are not done; the record of each trial, None for one that was not reached.
 
     Every trial is checked before the first one starts. Points with the same identity are trained once. They run in
     workers of this machine as ``options`` says, or where ``launch`` places them. ``budget`` is the rest of limit and
-    deadline, if it is shared with other sweeps of the command. ``sweep_record`` collects what the command has run.
+    deadline, if it is shared with other sweeps of the command. ``sweep_record`` collects what the command has run,
+    ``queued`` finds jobs that are in the launcher's queue already.
 
     Raises:
         InputError: a trial is wrong; nothing was trained.
@@ -58,6 +61,8 @@ def run(
     _check(trials, launch)
     options = options or Options(workers=0)
     config, trials = trials[0].config, _named(trials)
+    sweep_record = sweep_record or SweepRecord(store.folder(config.study), [], options.workers)
+    since = sweep_record.resume_forced() if any(one.config.force for one in trials) else None
     if config.dry_run:
         _dry_run(trials, options, launch)
         return [None] * len(trials)
@@ -73,12 +78,14 @@ def run(
     if missing:
         with suppress(OSError):  # the first trial that writes will report the error
             remove_partials(store.folder(config.study))
+            sweep_record.begin_forced()
     with Display(len(missing), quiet=config.quiet) as display, terminable():
+        if since:
+            display.say(f"goes on with the same command of {since}: trials that it has forced are not run once more")
         _say_what_runs(display, results, list(missing.values()))
         todo, budget = list(missing.values()), budget or Budget(options)
         budget.expected |= {} if launch else _expected(todo, options)
-        ended = engine.run(todo, launch, display) if launch else workers.run(todo, options, budget, display)
-        sweep_record = sweep_record or SweepRecord(store.folder(config.study), [], options.workers)
+        ended = engine.run(todo, launch, display, queued) if launch else workers.run(todo, options, budget, display)
         try:
             for _, result in ended:
                 sweep_record.add(result)
@@ -312,7 +319,8 @@ def _dry_run(trials: Sequence[Trial], options: Options, launch: Launch | None) -
         new_ones = {one.identity: one for one, row in zip(trials, rows, strict=True) if _to_run(row)}
         jobs = [[one] for one in new_ones.values()]
         if options.pack:
-            jobs = packing.plan([*new_ones.values()], options.pack, packing.fits_memory)
+            fits = partial(packing.fits_memory, at_once=times.device.at_once)
+            jobs = packing.plan([*new_ones.values()], options.pack, fits)
         for line in times.lines(jobs):
             print(line)
     new = sum(row["state"] == "new" for row in rows)
@@ -390,6 +398,6 @@ def _plan_row(one: Trial, foreseen: Forecast, stand_in: Trial, times: Timing) ->
         "same_as": f"{how} {stand_in.name}" if same else None,
         "refused": foreseen.refused,
         "predicted_memory_bytes": None if predicted is None else predicted.peak_bytes,
-        "oversized": forecast.oversized(one),
+        "oversized": forecast.oversized(one, at_once=times.device.at_once),
         **times.row(one),
     }

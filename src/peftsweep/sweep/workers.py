@@ -14,6 +14,7 @@ import traceback
 from collections import Counter, deque
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from multiprocessing import connection
 from multiprocessing.process import BaseProcess
 from statistics import median
@@ -58,6 +59,7 @@ class Options:
     probe: bool = False  # time some steps first, and train together only if that is faster
     measure: bool = False  # afterwards take some steps of each packed trial alone, to measure its speed and memory
     at_once: int = 1  # workers on one device, at most; no key, but what follows from workers and devices
+    command: str = ""  # no key, but the token of the command
 
 
 def run(trials: Sequence[Trial], options: Options, budget: Budget, display: Display) -> Iterator[tuple[Trial, Result]]:
@@ -68,14 +70,18 @@ def run(trials: Sequence[Trial], options: Options, budget: Budget, display: Disp
         Unwritable: the study cannot be written; running trials end as if they were killed.
     """
     budget.begin()
-    jobs = packing.plan(trials, options.pack, packing.fits_memory) if options.pack else [[one] for one in trials]
+    places: list[processes.Place] = [processes.CPU]
+    if options.workers != 0:
+        places = processes.places(options.workers, options.devices, [one.config.device for one in trials])
+    fits = partial(packing.fits_memory, at_once=max(Counter(places).values()))
+    jobs = packing.plan(trials, options.pack, fits) if options.pack else [[one] for one in trials]
     if options.workers == 0:
         yield from _inline(deque(jobs), budget, display, options)
         return
-    places = processes.places(options.workers, options.devices, [one.config.device for one in trials])
     threads = measure.threads_each(len(places)) if places[0] == processes.CPU else None
     used, pool = places[: len(jobs)], list[_Worker]()
-    options = replace(options, at_once=max(Counter(used).values(), default=1))
+    at_once, command = max(Counter(used).values(), default=1), sweep_record.command_token()
+    options = replace(options, at_once=at_once, command=command)
     try:
         pool += [_Worker(place, threads) for place in used]
         yield from _in_pool(deque(jobs), pool, budget, display, options)
@@ -328,7 +334,7 @@ def _in_pool(
             elif outcome == "died" and tries[one.identity] <= options.retries:
                 postpone(worker, 0.0)
             else:
-                result = None if outcome == "timeout" else worker.before.record(one, new=outcome != "done")
+                result = worker.before.record(one, new=outcome != "done")  # it may have been written just before
                 try:
                     result = result or _record(worker, one, outcome, message, options)
                 except claims.Claimed as claimed:  # another sweep took the trial when this sweep's worker had died
@@ -430,7 +436,7 @@ def _in_worker(job: Job, options: Options, channel: Channel, resources: Resource
     reporters = [_Reporter(channel, number) for number in range(len(job))]
     try:
         with process_state_kept():
-            os.environ[sweep_record.AT_ONCE] = str(options.at_once)
+            os.environ |= {sweep_record.AT_ONCE: str(options.at_once), sweep_record.COMMAND: options.command}
             _run_job([configuration.with_rows(one) for one in job], reporters, options)
     except claims.Claimed as claimed:
         return "claimed", str(claimed)

@@ -221,6 +221,12 @@ def planned(trial: Trial, foreseen: dict[str, Any]) -> Result:
     return Result(known, trial.choices, trial.tree, train_info=foreseen)
 
 
+def unwritten(trial: Trial, status: Status, failure: dict[str, str], seconds: float) -> Result:
+    """The end of an attempt that adds something to a finished trial, as a record that is not written."""
+    known = run_info(trial, folder(trial)) | {"status": status.value, "error": failure}
+    return Result(known | {"sitting_seconds": seconds, "total_seconds": seconds}, trial.choices, trial.tree)
+
+
 def end(
     result: Result,
     place: Path,

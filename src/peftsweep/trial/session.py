@@ -32,7 +32,7 @@ from peftsweep.observe.display import Observer
 from peftsweep.observe.measure import Meter, Stage
 from peftsweep.schema import Capture, Role
 from peftsweep.search import pruning
-from peftsweep.study import claims, record, rungs, store
+from peftsweep.study import claims, record, rungs, store, sweep_record
 from peftsweep.study.reading import Unreadable
 from peftsweep.study.record import Result
 from peftsweep.training import checkpoint, compiled, graphs, length, loop, optimizer, run
@@ -85,8 +85,10 @@ class Session:
     def refuse(self) -> None:
         if reason := forecast.refusal(self.trial):
             raise Refused(reason)
-        if self.config.skip_oversized and (reason := forecast.oversized(self.trial, own_order=True)):
-            raise Oversized(reason)
+        if self.config.skip_oversized:
+            at_once = sweep_record.trials_at_once()
+            if reason := forecast.oversized(self.trial, own_order=True, at_once=at_once):
+                raise Oversized(reason)
         self.result.memory["start"] = before = self.meter.start()
         if (before["others"] or 0) > OCCUPIED_BYTES or before["allocated"]:
             log.warning("the device is not empty: others hold %s bytes", before["others"])

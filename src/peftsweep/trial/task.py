@@ -18,7 +18,17 @@ from peftsweep.study import claims, record, store
 from peftsweep.study.record import Result, Status
 from peftsweep.training import compiled
 from peftsweep.trial.done import done_before, finished, folder, lacks_answers_of_base, lacks_profile
-from peftsweep.trial.outcome import Attempts, begin, empty, end, failure_of, logged, progress_so_far, status_of
+from peftsweep.trial.outcome import (
+    Attempts,
+    begin,
+    empty,
+    end,
+    failure_of,
+    logged,
+    progress_so_far,
+    status_of,
+    unwritten,
+)
 from peftsweep.trial.session import Session
 
 log = logging.getLogger(__name__)
@@ -43,9 +53,16 @@ def run(trial: Trial, observer: Observer | None = None) -> Result:
 
 
 def died(trial: Trial, status: Status, failure: dict[str, str], seconds: float) -> Result:
-    """Write the record of a trial whose process died: its status and error, and the steps that it had logged."""
+    """Write the record of a trial whose process died: its status and error, and the steps that it had logged.
+
+    A trial that had finished before, of which only a profile or the answers of the base were missing, keeps its record.
+    """
     place = folder(trial)
     with claims.claim(place.parent, trial.identity):
+        if done := finished(trial):
+            return done
+        if done_before(trial):
+            return unwritten(trial, status, failure, seconds)
         result = begin(trial, place)
         result.train_info |= progress_so_far(place)
         result.run_info |= {"status": status.value, "error": failure}
@@ -58,17 +75,10 @@ def _run_claimed(trial: Trial, place: Path, observer: Observer) -> Result:
     start = time.perf_counter()
     tracker = Tracker(observer)
     meter = Meter(model.device(trial.config.device))
-    if (held := done_before(trial)) and lacks_profile(trial, held):
-        with logged(place / "profile.log"), current(meter.device):
-            session = Session(trial, held, meter, tracker)
-            session.profile(session.resume)
-        held.write(place)
-        return held
-    if held and lacks_answers_of_base(trial, held):
-        with logged(place / "base.log"), current(meter.device):
-            Session(trial, held, meter, tracker).score_base_again()
-        held.write(place)
-        return held
+    if held := done_before(trial):
+        unprofiled = lacks_profile(trial, held)
+        if unprofiled or lacks_answers_of_base(trial, held):
+            return _complete(trial, held, Session(trial, held, meter, tracker), profile=unprofiled)
     attempts = Attempts(place, meter)
     with meter.stage("setup"):  # this stage also counts what happens between the other stages
         result = begin(trial, place)
@@ -95,6 +105,27 @@ def _run_claimed(trial: Trial, place: Path, observer: Observer) -> Result:
         end(result, place, meter, start, status, failure, tracker, attempts)
     empty(meter.device)
     return result
+
+
+def _complete(trial: Trial, held: Result, session: Session, *, profile: bool) -> Result:
+    """Make the ``profile``, or else the answers of the base, that a finished trial lacks.
+
+    If that fails, the record of the trial stays as it is, and what is returned is not written.
+    """
+    place, start = folder(trial), time.perf_counter()
+    with logged(place / ("profile.log" if profile else "base.log")), current(session.meter.device):
+        try:
+            if profile:
+                session.profile(session.resume)
+            else:
+                session.score_base_again()
+        except Exception as error:
+            if isinstance(error, claims.Claimed) or store.unwritable(error):
+                raise
+            failure = failure_of(error, session.meter.current, trial.config)
+            return unwritten(trial, status_of(error), failure, time.perf_counter() - start)
+    held.write(place)
+    return held
 
 
 def _run(session: Session) -> Status:
