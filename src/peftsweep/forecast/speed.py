@@ -189,7 +189,8 @@ class Meter:
     def laps(self, seconds: float) -> list[float]:
         """The seconds of each reference product in their order, for ``seconds`` and at least one."""
         left = torch.ones(LAP, LAP, device=self.device)
-        product, took, end = left @ left, [], time.perf_counter() + seconds
+        took: list[float] = []
+        product, end = left @ left, time.perf_counter() + seconds
         while not took or time.perf_counter() < end:  # a process that was suspended finds its time over
             took.append(self.once(lambda: torch.mm(left, left, out=product)))
         return took
