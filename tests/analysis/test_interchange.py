@@ -162,6 +162,15 @@ def test_their_results_become_a_study(collect_command: Collect) -> None:
     assert len(peftsweep.load("mine")) == 3
 
 
+def test_the_order_in_which_they_list_modules_is_no_setting(collect_command: Collect) -> None:
+    """PEFT holds them as a set, and writes it in any order."""
+    for name, modules in (("one", ["v_proj", "q_proj"]), ("other", ["q_proj", "v_proj"])):
+        method = THEIRS["run_info"]["peft_config"] | {"target_modules": modules}
+        put(THEIRS, name, experiment_name=f"lora/{name}", peft_config=method)
+    assert collect_command("--from-peft", "theirs", "--no-plots")[0] == 0
+    assert peftsweep.load("peft_comparison")["config.method.target_modules"].tolist() == ['["q_proj", "v_proj"]'] * 2
+
+
 def test_an_accuracy_of_other_rows_than_the_test_s_has_no_interval(collect_command: Collect) -> None:
     """No number of GSM8K's 1,319 test rows is a half of them."""
     other = copy.deepcopy(THEIRS)

@@ -7,6 +7,7 @@ import math
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pandas as pd
 import pytest
 
@@ -83,6 +84,16 @@ def test_equal_scores_have_the_middle_shade_of_a_heat_map() -> None:
         table[score] = 0.5
     [image] = figure("heatmap_task", table).findobj(AxesImage)
     assert image.norm(0.5) == 0.5  # 0 is the shade of the worst score, 1 that of the best
+
+
+def test_scores_that_are_a_tie_have_shades_close_to_each_other() -> None:
+    from matplotlib.image import AxesImage
+
+    table = tables.trials({"choices.method": METHODS, "choices.quant": QUANTS})
+    score = "eval_info.task.accuracy.value"
+    far = figure("heatmap_task", table.assign(**{score: np.linspace(0.1, 0.9, len(table))})).findobj(AxesImage)[0]
+    near = figure("heatmap_task", table.assign(**{score: np.linspace(0.5, 0.501, len(table))})).findobj(AxesImage)[0]
+    assert (far.norm(0.9) - far.norm(0.1), near.norm(0.501) - near.norm(0.5) < 0.1) == (1.0, True)
 
 
 def test_series_differ_in_more_than_colour_and_look_the_same_in_every_figure() -> None:
@@ -246,6 +257,26 @@ def test_a_frontier_over_many_decades_has_a_few_ticks() -> None:
     low, high = panel.get_xlim()
     assert panel.get_xscale() == "log"
     assert 2 <= sum(low <= tick <= high for tick in panel.get_xticks()) <= 10
+    assert panel.get_xlabel() == "adapter on disk"
+    formatted = [panel.xaxis.get_major_formatter()(size) for size in (100, 1e3, 3e5, 1e6, 1e9)]
+    assert formatted == ["100 B", "1 kB", "300 kB", "1 MB", "1 GB"]
+    assert {"100 B", "10 MB", "1 GB"} <= set(texts(figure("adapter_size", table)).splitlines())
+
+
+def test_ticks_of_steps_are_whole_numbers() -> None:
+    table = tables.trials({"config.method.r": [8, 16]})
+    panel = figure("learning_curves", table).axes[0]
+    panel.set_xlim(1, 3)
+    assert panel.get_xticks().tolist() == panel.get_xticks().round().tolist()
+
+
+def test_one_seed_has_no_error_bar_of_its_seconds() -> None:
+    for seeds in (1, 2):
+        table = tables.trials({"config.method.r": [8, 16]}, seeds=seeds)
+        table["train_info.train_seconds"] = np.arange(1.0, len(table) + 1)
+        [bars] = figure("training_time", table).axes[0].containers[1:]
+        ends = np.concatenate([cap.get_xdata() for cap in bars.lines[1]])
+        assert np.isnan(ends.astype(float)).all() == (seeds == 1)
 
 
 @pytest.mark.parametrize(("values", "wide"), [([1, 9.9], False), ([1, 10], True), ([0, 10], False), ([-1, 5], False)])

@@ -698,12 +698,21 @@ def test_the_front_is_what_a_comparison_of_all_pairs_finds() -> None:
 
 def test_a_front_tells_how_sure_it_is() -> None:
     table = study({8: [0.5, 0.51, 0.49], 16: [0.9, 0.91, 0.89], 32: [0.9, 0.93, 0.87]})
-    found = frontier.pareto(table, [ACCURACY, "train_info.adapter_bytes"])
+    found = frontier.pareto(table, stats.configurations(table), [ACCURACY, "train_info.adapter_bytes"])
     assert found["front"].tolist()[:2] == [True, True]
     assert found["share"].tolist()[:2] == [1.0, 1.0]  # the smallest, and the smallest of the good ones
     assert 0.2 < found["share"].tolist()[2] < 0.8
     with pytest.raises(ValueError, match="not known whether more or less is better"):
-        frontier.pareto(table, [ACCURACY, "config.method.r"])
+        frontier.pareto(table, stats.configurations(table), [ACCURACY, "config.method.r"])
+
+
+def test_a_front_has_the_figures_of_the_other_tables() -> None:
+    """Costs are compared by ratios, which geometric means belong to; a reader expects the mean of the seconds."""
+    seconds = "train_info.train_seconds"
+    table = study({8: [0.5, 0.5], 16: [0.6, 0.6]}).assign(**{seconds: [100.0, 300.0, 190.0, 190.0]})
+    found = frontier.pareto(table, stats.configurations(table), [ACCURACY, seconds])
+    assert found[seconds].tolist() == [200.0, 190.0]
+    assert found["front"].tolist() == [False, True]
 
 
 def test_rank_correlation_is_scipys_and_covers_the_truth() -> None:
@@ -742,7 +751,7 @@ def test_nothing_measured_is_no_error() -> None:
     assert comparisons.compare(empty, ACCURACY).empty
     assert effects.effects(empty, ACCURACY).empty
     assert effects.returns(empty, ACCURACY).empty
-    assert frontier.pareto(empty, [ACCURACY]).empty
+    assert frontier.pareto(empty, stats.configurations(empty), [ACCURACY]).empty
     assert rungs.rungs(pd.DataFrame({"trial": [], "step": []})).empty
 
 
@@ -763,7 +772,7 @@ def test_a_configuration_without_a_standard_error_takes_nothing_from_the_other_c
     assert {part.verdict(2, 1), part.verdict(1, 0)} == {"unknown"}
     assert all(math.isnan(end) for end in (part.between(2, 1).low, part.between(2, 1).high))
     assert comparisons.compare(table, ACCURACY)["verdict"].to_dict() == {2: "best", 1: "unknown", 0: "worse"}
-    found = frontier.pareto(table, [ACCURACY, "train_info.adapter_bytes"])
+    found = frontier.pareto(table, stats.configurations(table), [ACCURACY, "train_info.adapter_bytes"])
     assert found["front"].all()
     assert found["share"].isna().all()  # nobody knows how often
 

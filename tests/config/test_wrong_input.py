@@ -70,6 +70,8 @@ RANGES = {  # what people write where several values are swept
     "train.steps=2 000": "train.steps=2 000: must be int",
     "method.r=8-32": "method.r=8-32: must be int; to sweep it: method.r=8,32, or each number between them: "
     "'method.r=range(8,33)'",
+    "method.r=": "method.r=: must be int",
+    "eval.perplexity.samples=": "eval.perplexity.samples=: must be int or null",
     "method.r=[8,16]": "method.r=[8, 16]: must be int; to sweep it: method.r=8,16",
     "train.learning_rate=1e-4-1e-3": "train.learning_rate=1e-4-1e-3: must be float; to sweep it: "
     "train.learning_rate=1e-4,1e-3",

@@ -248,6 +248,11 @@ def test_what_was_measured_while_others_used_the_memory_is_measured_again_withou
     assert (Device(CPU, folder=device._file.parent).speed == anew) is again
 
 
+def test_a_process_that_was_suspended_until_its_time_was_over_times_a_lap_all_the_same() -> None:
+    meter = speed.Meter(CPU)
+    assert len(meter.laps(-1.0)) == 1
+
+
 def test_a_process_that_waits_for_a_core_is_on_no_slower_device(monkeypatch: pytest.MonkeyPatch) -> None:
     meter = speed.Meter(CPU)
     meter.lap_seconds = 1e-3

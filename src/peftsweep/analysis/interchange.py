@@ -191,6 +191,10 @@ def imported(content: Mapping[str, Any], name: str, file: str) -> Result:
     )
 
 
+# Sets in PEFT, which writes them in any order: of two files with the same modules neither order is a setting.
+UNORDERED = ("target_modules", "exclude_modules")
+
+
 def _without_origin(config: Mapping[str, Any] | None) -> dict[str, Any]:
     """A method's options, with its ``peft_type`` and without what says where it came from or is not made use of."""
     options = (config or {}).items()
@@ -228,6 +232,7 @@ def _method_name(method: Mapping[str, Any], optimizer: str) -> str:
 
 def _config(method: dict[str, Any], parameters: Mapping[str, Any], name: str) -> dict[str, Any]:
     keys = experiment.translated(parameters, "--from-peft").keys
+    method = {k: sorted(v) if k in UNORDERED and isinstance(v, list) else v for k, v in method.items()}
     values: dict[str, Any] = {"study": name, "method": method, "model": {"name_or_path": parameters["model_id"]}}
     tree = OmegaConf.create(values | {"dataset": {"name": "metamath"}})
     for key, value in keys.items():

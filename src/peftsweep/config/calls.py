@@ -50,6 +50,7 @@ NEVER_NULL = tuple(
 )
 WORDS_IN_HELP = ("bias", "init_weights")  # options of type str whose allowed words are listed in their help
 EXTRA_VALUES = {"init_lora_weights": r"lora_ga|pissa_niter_\d+"}  # values that PEFT accepts beside the annotated ones
+NOTHING = r"(?!)"  # a pattern that no value matches, the empty one neither
 
 
 def check_calls(config: Config, choices: Mapping[str, str | None]) -> None:
@@ -259,7 +260,7 @@ def check_call(node: Mapping[str, Any], key: str, provided: Iterable[str] = (), 
         ):
             for inner, one in value.items():
                 check_call(one, f"{key}.{name}.{inner}", provided=("prediction", "answer"))
-        elif name in hints and not re.fullmatch(EXTRA_VALUES.get(name, ""), str(value)):
+        elif name in hints and not re.fullmatch(EXTRA_VALUES.get(name, NOTHING), str(value)):
             default = _signature(function).parameters[name].default
             if value is None and f"{key}.{name}" in NEVER_NULL:
                 raise InputError(f"{key}.{name}=null: must be a number")

@@ -187,10 +187,11 @@ class Meter:
         return 2 * source.nbytes / self.best(lambda: target.copy_(source), seconds, MOST_REPEATS)
 
     def laps(self, seconds: float) -> list[float]:
-        """The seconds of each reference product in their order; the product is repeated for ``seconds``."""
+        """The seconds of each reference product in their order, for ``seconds`` and at least one."""
         left = torch.ones(LAP, LAP, device=self.device)
-        product, took, end = left @ left, [], time.perf_counter() + seconds
-        while time.perf_counter() < end:
+        took: list[float] = []
+        product, end = left @ left, time.perf_counter() + seconds
+        while not took or time.perf_counter() < end:  # a process that was suspended finds its time over
             took.append(self.once(lambda: torch.mm(left, left, out=product)))
         return took
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import textwrap
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -105,7 +105,7 @@ def room_for_names(merged: pd.DataFrame, room: int) -> tuple[pd.DataFrame, str]:
 
 
 def error_bars(rows: pd.DataFrame, column: str) -> Any:
-    """How far the bars reach below and above the values, [2, rows]; 0 where that is not known.
+    """How far the bars reach below and above the values, [2, rows]; NaN, which draws none, where that is not known.
 
     Of a score to the ends of its interval, of a cost one standard deviation: of two seeds' times a 95% interval
     would reach from below zero to many times their mean.
@@ -113,8 +113,8 @@ def error_bars(rows: pd.DataFrame, column: str) -> Any:
     if column.endswith(".value") and f"{column}.low" in rows:
         arms = [rows[column] - rows[f"{column}.low"], rows[f"{column}.high"] - rows[column]]
     else:
-        arms = [rows[f"{column}.std"] if f"{column}.std" in rows else pd.Series(0.0, rows.index)] * 2
-    return np.nan_to_num(np.array(arms, dtype=float)).clip(min=0)
+        arms = [rows[f"{column}.std"] if f"{column}.std" in rows else pd.Series(np.nan, rows.index)] * 2
+    return np.array(arms, dtype=float).clip(min=0)
 
 
 def draw_facets(
@@ -214,7 +214,7 @@ def _series_of(ax: Any, rows: pd.DataFrame, places: Any, styles: Any, *, dodge: 
         mine = shown[shown["series"] == name].sort_values("at")
         at = mine["at"] * 2**shift if by_factors else mine["at"] + shift
         arms = np.array([mine["value"] - mine["low"], mine["high"] - mine["value"]], dtype=float)
-        ax.errorbar(at, mine["value"], yerr=np.nan_to_num(arms).clip(min=0), elinewidth=0.8, capsize=2, **look)
+        ax.errorbar(at, mine["value"], yerr=arms.clip(min=0), elinewidth=0.8, capsize=2, **look)
     missing = rows[rows["value"].isna() & rows["mark"].ne("")]
     room = WIDTHS.get(len(ax.figure.axes), 2.6) * LETTERS / max(places.nunique(), 1)
     sides = {places.min(): "left", places.max(): "right"} if by_factors and places.nunique() > 1 else {}
@@ -240,8 +240,25 @@ def spans_a_decade(values: Any) -> bool:
     return bool(len(known) and known.min() > 0 and known.max() >= 10 * known.min())
 
 
-def log_axis(axis: Any) -> None:
-    """A logarithmic axis whose ticks are plain numbers, as many as there is room for."""
+def _short_number(value: float) -> str:
+    for factor, sign in ((1e9, "G"), (1e6, "M"), (1e3, "k")):
+        if value >= 10 * factor or (value >= factor and sign != "k"):
+            return f"{value / factor:g}{sign}"
+    return f"{value:g}"
+
+
+def scale(cost: Cost, values: pd.Series[Any]) -> tuple[float, str, Callable[[float], str]]:
+    """What to divide the values of an axis by, the name of the axis, and how a number on it is written.
+
+    Bytes that span a decade have a unit each, 30 kB or 1 GB: in one unit most would begin with zeros.
+    """
+    if cost.unit == "bytes" and spans_a_decade(values):
+        return 1.0, cost.name, _bytes
+    return *cost.scale(values.max()), _three_digits
+
+
+def log_axis(axis: Any, written: Callable[[float], str] = _short_number) -> None:
+    """A logarithmic axis whose ticks are plain numbers, or ``written`` so, as many as there is room for."""
     from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
     low, high = axis.get_data_interval()
@@ -249,15 +266,19 @@ def log_axis(axis: Any) -> None:
     axis.set_major_locator(
         LogLocator(subs=(1.0, 2.0, 5.0) if high < 12 * low else (1.0, 3.0) if high < 120 * low else (1.0,))
     )
-    axis.set_major_formatter(FuncFormatter(lambda value, _: _short_number(value)))
+    axis.set_major_formatter(FuncFormatter(lambda value, _: written(value)))
     axis.set_minor_formatter(NullFormatter())
 
 
-def _short_number(value: float) -> str:
-    for factor, sign in ((1e9, "G"), (1e6, "M"), (1e3, "k")):
-        if value >= 10 * factor or (value >= factor and sign != "k"):
-            return f"{value / factor:g}{sign}"
-    return f"{value:g}"
+def _bytes(value: float) -> str:
+    for least, factor, sign in columns.UNITS["bytes"]:
+        if value >= least:
+            return f"{_three_digits(value / factor)} {sign}"
+    return f"{_three_digits(value)} B"
+
+
+def _three_digits(value: float) -> str:
+    return f"{float(f'{value:.3g}'):g}"
 
 
 def add_legend(figure: Any, styles: dict[str, dict[str, Any]]) -> None:

@@ -81,12 +81,14 @@ def memory_stages(merged: pd.DataFrame) -> Any:
     rows, chosen = room_for_names(merged[merged[peaks].notna().any(axis=1)], SERIES)
     cost = Cost("", f"peak memory {'on the device' if device else 'of the process'}", "bytes")
     factor, name = cost.scale(rows[peaks].max().max())
+    held = "" if device else "with the libraries, and what trials before it in the process left allocated"
+    note = "; ".join(filter(None, [chosen, held]))
     stages = {c: c.removeprefix("memory.").removesuffix(ending) for c in peaks}
     table = rows[["label", *peaks]].rename(columns=stages)
     long = table.melt("label", var_name="x", value_name="value").rename(columns={"label": "series"})
     long = long.assign(value=long["value"] / factor, low=np.nan, high=np.nan, mark="", panel=name)
     long["x"] = pd.Categorical(long["x"], list(stages.values()), ordered=True)
-    return draw_facets(long, series_styles(list(rows["label"])), "stage of a trial", merged, joined=True, note=chosen)
+    return draw_facets(long, series_styles(list(rows["label"])), "stage of a trial", merged, joined=True, note=note)
 
 
 def memory_predicted(merged: pd.DataFrame) -> Any:

@@ -38,6 +38,7 @@ from peftsweep.analysis.figures.axes import (
     of_several_places,
     panel_rows,
     room_for_names,
+    scale,
     series_labels,
     series_styles,
     spans_a_decade,
@@ -269,7 +270,7 @@ def frontier(merged: pd.DataFrame, score: str) -> Any:
 def _trade_off(ax: Any, good: pd.DataFrame, cost: Cost, score: str, styles: dict[str, dict[str, Any]]) -> Any:
     """Draw one panel; gives x and y of all points, the names of the best on the front, and where the front is."""
     rows = good[good[cost.column].notna()]
-    factor, name = cost.scale(rows[cost.column].max())
+    factor, name, written = scale(cost, rows[cost.column])
     x, y = rows[cost.column] / factor, rows[score]
     front = frontier_of(np.column_stack([x, y if columns.lower_is_better(score) else -y]).astype(float))
     ax.set_xlabel(name)
@@ -293,7 +294,7 @@ def _trade_off(ax: Any, good: pd.DataFrame, cost: Cost, score: str, styles: dict
     if len(line) > 1:
         ax.plot(line, y[line.index], color=INK, linewidth=0.9, linestyle="--", zorder=1.5)
     if spans_a_decade(x):  # now that the points are drawn, as their number of decades decides the ticks
-        log_axis(ax.xaxis)
+        log_axis(ax.xaxis, written)
     if columns.lower_is_better(score) and spans_a_decade(y):
         log_axis(ax.yaxis)
     best = y[line.index].sort_values(ascending=columns.lower_is_better(score)).index
@@ -307,21 +308,21 @@ def bars(merged: pd.DataFrame, cost: Cost) -> Any:
         return None
     rows, chosen = room_for_names(merged, BARS)
     rows = rows.sort_values(cost.column, ascending=False, na_position="first")
-    factor, name = cost.scale(rows[cost.column].max())
+    factor, name, written = scale(cost, rows[cost.column])
     values = rows[cost.column] / factor
     figure, (ax,) = new_figure(1, 6.4, 0.9 + 0.19 * max(len(rows), 3))
     y = np.arange(len(rows))
     if wide := spans_a_decade(values.dropna()):  # where the length of a bar would mean nothing
         ax.plot(values, y, "o", color=COLOURS[0])
-        log_axis(ax.xaxis)
+        log_axis(ax.xaxis, written)
     else:
         ax.barh(y, values.fillna(0.0), color=COLOURS[0], height=0.62)
     ax.errorbar(
         values, y, xerr=error_bars(rows, cost.column) / factor, fmt="none", ecolor=INK, elinewidth=0.9, capsize=2
     )
-    tops = values + error_bars(rows, cost.column)[1] / factor
+    tops = values + np.nan_to_num(error_bars(rows, cost.column)[1]) / factor
     for place, value, top, why in zip(y, values, tops, rows["outcome"], strict=True):
-        text = why if pd.isna(value) else f"{value:.3g}" + (f"  ({why})" if why else "")
+        text = why if pd.isna(value) else written(value) + (f"  ({why})" if why else "")
         start = (values.min() if wide else 0.0) if pd.isna(top) else top
         ax.annotate(text, (start, place), (7 if wide else 4, 0), **LABEL_OFFSET)
     ax.set_yticks(y, rows["label"])
@@ -373,8 +374,12 @@ def heatmap(merged: pd.DataFrame, score: str) -> Any:
     dark_is_good = "cividis_r" if not columns.lower_is_better(score) else "cividis"
     shown = np.ma.masked_invalid(best.astype(float))
     image = ax.imshow(shown, cmap=dark_is_good, aspect="auto")
-    if shown.count() and shown.min() == shown.max():  # equal scores: neither the best nor the worst shade
-        image.set_clim(shown.min() - 1, shown.max() + 1)
+    if shown.count():  # scores within an interval of each other, or equal ones, are not the extremes of the shades
+        interval = error_bars(rows[rows[score].notna()], score).sum(axis=0)
+        width = np.median(interval[interval > 0]) if (interval > 0).any() else 0.0
+        beyond = max(0.0, width - (shown.max() - shown.min())) / 2
+        room = beyond if beyond or shown.min() < shown.max() else 1.0
+        image.set_clim(shown.min() - room, shown.max() + room)
     for (row, method), (column, quant) in itertools.product(enumerate(order), enumerate(quants)):
         value: Any = best.iat[row, column]
         text = str(why.get((method, quant), "n/a")) if pd.isna(value) else words.number(value)
@@ -391,11 +396,14 @@ def heatmap(merged: pd.DataFrame, score: str) -> Any:
     ax.spines[:].set_visible(False)
     ax.set_title(columns.axis_name(score), pad=8)
     several = merged.groupby(pairs).size().max() > 1
-    return with_caption(figure, merged, "the best configuration of each pair" if several else "")
+    note = "the best configuration of each pair; " if several else ""
+    return with_caption(figure, merged, f"{note}shades: at least a 95% interval wide")
 
 
 def learning_curves(table: pd.DataFrame, steps: pd.DataFrame, labels: pd.Series[str]) -> Any:
     """Training loss by step, and validation loss beside it where trials were validated."""
+    from matplotlib.ticker import MaxNLocator
+
     shown = [c for c in ("loss", "validation_loss") if columns.measured(steps, c)]
     rows = steps[steps["step"].notna()] if "step" in steps else steps[:0]
     if not shown or rows.groupby("trial")[shown[0]].count().max() < 2:
@@ -413,6 +421,7 @@ def learning_curves(table: pd.DataFrame, steps: pd.DataFrame, labels: pd.Series[
             points = {"marker": look["marker"], "markersize": 3} if len(curve) <= 12 else {"marker": ""}
             ax.plot(curve["step"].astype(float), curve[column].astype(float), **look | points, linewidth=1)
         ax.set_xlabel("step")
+        ax.xaxis.set_major_locator(MaxNLocator("auto", integer=True, steps=[1, 2, 5, 10]))
         ax.set_title({"loss": "training loss", "validation_loss": "validation loss"}[column])
     values = rows[shown].astype(float)
     if spans_a_decade(values):

@@ -45,17 +45,19 @@ def _times_on_front(drawn: Floats) -> Floats:
 
 def pareto(
     table: pd.DataFrame,
+    configurations: pd.DataFrame,
     columns: Sequence[str],
     predictions: Predictions | None = None,
     known: Mapping[str, Measured] | None = None,
 ) -> pd.DataFrame:
     """The front of several metrics, a row a configuration that has them all.
 
-    ``front`` says whether no other configuration is better in one of ``columns`` and at least as good in all;
-    ``share`` is the part of 400 redraws of seeds and test rows (`Measured.draws`) in which it is so, of fewer
-    where there are more than 500 configurations. A cost with one seed does not vary in them. It is missing where of a
-    configuration it is not known how much its figure of the first column varies. ``attrs["chance"]`` says what the
-    redraws of the first column cover. ``known`` are columns of the table that ``measure`` was called for already.
+    Its figures are those of ``configurations``, so that they are the same in every table and plot. ``front`` says
+    whether no other configuration is better in one of ``columns`` and at least as good in all; ``share`` is the part of
+    400 redraws of seeds and test rows (`Measured.draws`) in which it is so, of fewer where there are more than 500
+    configurations. A cost with one seed does not vary in them. It is missing where of a configuration it is not known
+    how much its figure of the first column varies. ``attrs["chance"]`` says what the redraws of the first column
+    cover. ``known`` are columns of the table that ``measure`` was called for already.
 
     Raises:
         ValueError: of one of them it is not known whether more or less is better.
@@ -67,18 +69,16 @@ def pareto(
     shared = sorted(set.intersection(*(set(m.numbers.tolist()) for m in measured))) if measured else []
     draws = min(DRAWS, max(50, 200_000 // max(1, len(shared))))
     generator = np.random.default_rng(0)
-    found, drawn = [], []
+    drawn = []
     for m in measured:
         places = np.array([int(np.flatnonzero(m.numbers == n)[0]) for n in shared], dtype=int)
-        found.append(-direction(m.column) * m.means[places])
         drawn.append(-direction(m.column) * m.draws(draws, generator)[:, places])
     if not shared:
         return pd.DataFrame(columns=[*columns, "front", "share"])
-    values = {m.column: m.back((-direction(m.column) * x,))[0] for m, x in zip(measured, found, strict=True)}
+    values = configurations.loc[shared, list(columns)].astype("float64")
     times = _times_on_front(np.stack(drawn, axis=2))
     alike = np.isin(measured[0].numbers, shared)
     share = times / draws if measured[0].varies[alike].all() else np.full(len(shared), np.nan)
-    parts = {**values, "front": front(np.stack(found, axis=1)), "share": share}
-    whole = pd.DataFrame(parts, index=pd.Index(shared, name="configuration"))
+    whole = values.assign(front=front(as_floats(-values * [direction(c) for c in columns])), share=share)
     whole.attrs["chance"] = measured[0].chance
     return whole

@@ -64,8 +64,8 @@ PREDICTED, PREDICTION_ERROR = "memory.predicted.peak_bytes", "memory.predicted.e
 # The first that is known; a process's memory is that of all it has imported, and of what ran in it before.
 MEMORY = (DEVICE_MEMORY, Cost(PREDICTED, "training memory, predicted", "bytes"), HOST_MEMORY)
 STAGES = (  # of a trial, in the order in which most of their work is done
-    *("setup", "load", "data", "baseline", "attach", "compile", "train", "train_stage", "validate", "save"),
-    *("eval", "scales", "inference", "profile", "reload", "merge"),
+    *("setup", "load", "data", "baseline", "attach", "compile", "train", "train_stage", "validate", "checkpoint"),
+    *("save", "eval", "scales", "inference", "profile", "reload", "merge"),
 )
 NAMES = {
     RANK: "rank",

@@ -214,7 +214,8 @@ def _frontier(task: Task, score: str, mark: str, figures: Sequence[str]) -> Iter
     if not costs or len(task.compare(score)) < 2:
         yield from figures
         return
-    found = frontier.pareto(task.table, [score, *costs], task.predictions, known=task.measured)
+    weighed = [score, *costs]
+    found = frontier.pareto(task.table, task.configurations, weighed, task.predictions, known=task.measured)
     yield f"## Frontier{mark}"
     yield ""
     drawn = {"seeds and rows": "seeds and test rows", "rows": "test rows"}.get(found.attrs["chance"] or "", "seeds")
