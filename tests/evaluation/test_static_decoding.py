@@ -149,7 +149,13 @@ def test_static_shapes_write_the_same(kind: str, used: Used) -> None:
     assert used.steps > NEW_TOKENS
 
 
-@pytest.mark.parametrize("kind", sorted({*GENERATING} - {*STATIC}))
+OTHER_CACHES = sorted({*GENERATING} - {*STATIC})
+
+
+# In the fast tier one whose state has the same size at all lengths, and one that has a cache of keys beside it.
+@pytest.mark.parametrize(
+    "kind", [k if k in ("mamba", "lfm2") else pytest.param(k, marks=pytest.mark.slow) for k in OTHER_CACHES]
+)
 def test_other_caches_are_used_as_before(kind: str, used: Used) -> None:
     base = make(kind)
     assert write(base) == usual(base)
@@ -179,7 +185,10 @@ class Waits(TorchDispatchMode):
         return operator(*args, **kwargs or {})
 
 
-@pytest.mark.parametrize("kind", [kind for kind in STATIC if "moe" not in kind and kind not in ("mixtral", "gpt_oss")])
+WITHOUT_EXPERTS = [kind for kind in STATIC if "moe" not in kind and kind not in ("mixtral", "gpt_oss")]
+
+
+@pytest.mark.parametrize("kind", [k if k in FAST else pytest.param(k, marks=pytest.mark.slow) for k in WITHOUT_EXPERTS])
 def test_the_host_waits_for_the_device_in_no_step(kind: str, used: Used, monkeypatch: pytest.MonkeyPatch) -> None:
     step, waits = StaticDecoder._step, Waits()
 
@@ -241,7 +250,9 @@ def test_a_step_that_computes_positions_in_python_is_given_up(used: Used, monkey
     assert (used.prompts, used.replays, used.unfit) == (1, 2, 1)  # the first is right: it repeats its own position
 
 
-@pytest.mark.parametrize("where", ["_read_prompts", "_step", "_capture"])
+@pytest.mark.parametrize(  # one place in the fast tier, as all are left in the same way
+    "where", ["_step", *(pytest.param(name, marks=pytest.mark.slow) for name in ("_read_prompts", "_capture"))]
+)
 def test_where_the_model_raises_an_error_the_usual_cache_goes_on(
     where: str, used: Used, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:

@@ -15,6 +15,7 @@ from peftsweep.forecast.guide import USABLE, guide
 Compose = Callable[..., Trial]
 
 
+@pytest.mark.slow  # plans a model of 1B parameters; `tests/forecast/test_predict.py` has predictions of small ones
 def test_a_row_says_which_gpus_hold_it(compose: Compose) -> None:
     (row,) = guide("llama3.2_1b", compose, methods=["lora"], quants=["4bit"], words=["train.batch_size=1"])
     assert row.peak_bytes is not None

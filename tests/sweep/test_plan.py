@@ -65,6 +65,7 @@ def sizes(compose: Callable[..., Trial], monkeypatch: pytest.MonkeyPatch) -> lis
     return [compose("eval=[perplexity]", *one) for one in words]
 
 
+@pytest.mark.slow  # traces the steps of two sizes twice; the one below has several processes
 def test_a_plan_that_several_processes_make_is_the_one_that_one_makes(sizes: list[Trial]) -> None:
     for cache in work.CACHES:
         cache.clear()
