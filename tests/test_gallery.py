@@ -112,7 +112,10 @@ def test_conclusion_the_advice_on_pefts_results_is_in_a_tie_with_the_first_of_it
 # ---- what is committed -------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("study", STUDIES)
+# In the fast tier one of trials and one that was imported.
+@pytest.mark.parametrize(
+    "study", [s if s in ("ranks", "import") else pytest.param(s, marks=pytest.mark.slow) for s in STUDIES]
+)
 def test_a_study_of_the_gallery_is_whole_and_names_no_path_of_the_machine_it_ran_on(study: str) -> None:
     place = GALLERY / study
     for name in ("run.sh", "README.md", "RESULTS.md", "answer.json", "report.html"):

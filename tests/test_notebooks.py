@@ -30,7 +30,7 @@ def test_a_notebook_is_kept_without_output(file: Path) -> None:
     assert [cell for cell in cells if cell.outputs or cell.execution_count] == []
 
 
-@pytest.mark.slow  # the fast tier starts a kernel for the notebook's first cells, in the test below
+@pytest.mark.slow  # starts a kernel, which imports all
 def test_the_results_are_read_and_drawn(collect_command: Collect, tmp_path: Path) -> None:
     for rank, accuracy in ((8, 0.4), (16, 0.6), (32, None)):
         write(f"r{rank}", rank, accuracy)
@@ -43,6 +43,8 @@ def test_the_results_are_read_and_drawn(collect_command: Collect, tmp_path: Path
     assert sum("image/png" in output.get("data", {}) for output in outputs) == 4 + plots
 
 
+# starts a kernel too; the fast tier has no notebook run, as the table that it reads is tested elsewhere
+@pytest.mark.slow
 def test_a_notebook_without_results_says_what_to_do(tmp_path: Path) -> None:
     with pytest.raises(CellExecutionError, match="run peftsweep-collect first"):
         execute(NOTEBOOKS[0], tmp_path)

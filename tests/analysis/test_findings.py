@@ -361,14 +361,14 @@ def test_named_points_that_differ_in_four_settings_are_no_comparison_of_ranks(tm
 
 @pytest.mark.parametrize(
     ("key", "values"),
-    [  # in the fast tier an option, a list of numbers, a name that is shortened, a list of texts
+    [  # in the fast tier an option, and a name that is shortened
         ("choices.quant", ("none", "4bit")),
         pytest.param("config.model.dtype", ("float32", "bfloat16"), marks=pytest.mark.slow),
         pytest.param("config.dataset.samples", (100, 1000), marks=pytest.mark.slow),
-        ("config.train.optimizer_kwargs.betas", ("[0.9, 0.99]", "[0.9, 0.95]")),
+        pytest.param("config.train.optimizer_kwargs.betas", ("[0.9, 0.99]", "[0.9, 0.95]"), marks=pytest.mark.slow),
         ("config.method.r", (16, 8)),
         pytest.param("config.seed", (0, 1), marks=pytest.mark.slow),
-        ("config.targets.roles", ('["q"]', '["q", "v"]')),
+        pytest.param("config.targets.roles", ('["q"]', '["q", "v"]'), marks=pytest.mark.slow),
     ],
 )
 def test_whatever_moves_with_the_method_is_named_with_it(key: str, values: tuple[Any, Any], tmp_path: Path) -> None:
@@ -455,7 +455,9 @@ def test_a_step_of_ranks_says_from_what_to_what_and_what_is_better(tmp_path: Pat
     assert "plus being" not in text
 
 
-@pytest.mark.parametrize(("bound", "advised"), [(0.05, False), (0.3, True), (0.0, False)])
+@pytest.mark.parametrize(
+    ("bound", "advised"), [(0.05, False), (0.3, True), pytest.param(0.0, False, marks=pytest.mark.slow)]
+)
 def test_speed_goes_before_quality_only_within_a_bound_that_is_told(
     bound: float, advised: bool, tmp_path: Path
 ) -> None:
@@ -597,12 +599,12 @@ def test_a_perplexity_is_the_same_figure_wherever_it_is_told(tmp_path: Path) -> 
 
 @pytest.mark.parametrize(
     ("key", "devices"),
-    [  # in the fast tier a GPU and a CPU; a number of threads is told with the CPU
+    [  # in the fast tier a GPU; what else makes a device or a condition is read in the same place
         ("meta_info.torch.gpus", ['["T4"]', '["H100"]']),
-        ("meta_info.system.processor", ["a", "b"]),
+        pytest.param("meta_info.system.processor", ["a", "b"], marks=pytest.mark.slow),
         pytest.param("meta_info.torch.threads", ["2", "1"], marks=pytest.mark.slow),
-        ("meta_info.system.trials_at_once", [1, 4]),
-        ("meta_info.packages.torch.version", ["2.8.0", "2.9.1"]),
+        pytest.param("meta_info.system.trials_at_once", [1, 4], marks=pytest.mark.slow),
+        pytest.param("meta_info.packages.torch.version", ["2.8.0", "2.9.1"], marks=pytest.mark.slow),
     ],
 )
 def test_nothing_is_advised_for_its_speed_on_another_device(key: str, devices: list[str], tmp_path: Path) -> None:

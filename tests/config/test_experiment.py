@@ -249,8 +249,8 @@ def test_a_dry_run_prints_each_point_as_it_is_planned(
     assert seen == [0, 1, 1]  # lines since the trial before
 
 
-# One that clusters the base's weights, and one that draws its indices.
-SHAPES = ["adamss", "shira", *(pytest.param(name, marks=pytest.mark.slow) for name in ("frod", "unilora"))]
+# In the fast tier one that draws its indices.
+SHAPES = ["shira", *(pytest.param(name, marks=pytest.mark.slow) for name in ("adamss", "frod", "unilora"))]
 
 
 @pytest.mark.parametrize("method", SHAPES)

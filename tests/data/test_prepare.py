@@ -307,7 +307,7 @@ def test_what_cannot_be_written_is_one_line(
 # ---- what it is for --------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("format", ["alpaca", "raw"])
+@pytest.mark.parametrize("format", ["alpaca", pytest.param("raw", marks=pytest.mark.slow)])
 def test_a_written_file_trains(format: str, data_command: Data, questions: Path) -> None:
     words = ["gsm8k", "--path", str(questions), "--out", "new/out.jsonl", "--samples", "20", "--format", format]
     code, out, _ = data_command(*words)

@@ -196,6 +196,7 @@ def harness_task(metric: dict[str, Any]) -> dict[str, Any]:
     }
 
 
+@pytest.mark.slow  # a trial; the test below has the scores of tasks in a folder
 def test_a_trial_on_lm_eval_tasks_of_its_own() -> None:
     pytest.importorskip("lm_eval")
     Path("tasks").mkdir()
@@ -290,8 +291,8 @@ def test_every_question_set_has_its_three_yamls() -> None:
 def test_rows_that_have_ended_leave_the_batch_and_nothing_else_changes(
     quant: str, compose: Compose, tokenizer: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    one = compose(f"quant={quant}", "train.steps=20", "train.batch_size=4", "train.learning_rate_scale=30")
-    adapted: Any = build.attach_method(one, models_model.load(one.config.model, build.quantization(one), CPU), 20)
+    one = compose(f"quant={quant}", "train.steps=8", "train.batch_size=4", "train.learning_rate_scale=30")
+    adapted: Any = build.attach_method(one, models_model.load(one.config.model, build.quantization(one), CPU), 8)
     rows = templates.examples(task.rows("train", 1000), "{question}\n", "{answer}")
     tokens = data_tokens.tokenize(tokenizer, rows[:100], 64)
     loop.train(adapted, tokens, one.config.train, pad_id=0, seed=0, meter=Meter(CPU), log=lambda row: None)
@@ -510,8 +511,8 @@ def test_a_class_whose_name_begins_with_another_is_as_likely_as_the_row_that_is_
     assert others.predictions[0]["log_likelihoods"][0] > trained[0]  # the end mark counts only where it must
 
 
-STOPS = [["\n"], ["0 #", "plums"]]
-STOPS_TOO = [["."], ["ow man", "+"], ["Question:", "</s>"]]
+STOPS = [["0 #", "plums"]]
+STOPS_TOO = [["\n"], ["."], ["ow man", "+"], ["Question:", "</s>"]]
 
 
 @pytest.mark.parametrize("stop", [*STOPS, *(pytest.param(stop, marks=pytest.mark.slow) for stop in STOPS_TOO)])

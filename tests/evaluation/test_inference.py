@@ -184,9 +184,9 @@ def test_an_interval_brackets_the_ratio_and_narrows_with_the_pairs() -> None:
     clock, noise = Clock(), random.Random(0)
     clock.runs_on(base, 8.0, 1.0, noise=lambda: noise.uniform(0.8, 1.2))
     clock.runs_on(adapted, 16.0, 2.0, noise=lambda: noise.uniform(0.8, 1.2))
-    found = run(
-        {"base": base, "adapted": adapted}, samples=1, runs=24, warmup=0, batch_sizes=[1], merge=False, clock=clock
-    )
+    few: dict[str, Any] = {"samples": 1, "warmup": 0, "batch_sizes": [1], "merge": False}
+    few["categories"] = {"short": {"new_tokens": 2}}
+    found = run({"base": base, "adapted": adapted}, runs=24, clock=clock, **few)
     overhead = found.info["short"]["adapted"]["overhead"]
     assert overhead["low"] < overhead["value"] < overhead["high"]
     assert overhead["low"] < 2.0 < overhead["high"]
@@ -206,13 +206,13 @@ def test_the_whole_is_the_mean_over_the_categories() -> None:
     clock = Clock()
     clock.runs_on(base, 8.0, 1.0)
     clock.runs_on(adapted, 16.0, 2.0)
-    categories = {"short": {"new_tokens": 5}, "medium": {"new_tokens": 9}, "long": {"new_tokens": 3000}}
+    categories = {"short": {"new_tokens": 3}, "medium": {"new_tokens": 5}, "long": {"new_tokens": 3000}}
     few: dict[str, Any] = {"runs": 2, "warmup": 0, "merge": False}
     found = run({"base": base, "adapted": adapted}, categories=categories, clock=clock, **few).info
     assert found["overall"]["categories"] == ["short", "medium"]
-    assert found["overall"]["base"]["seconds_mean"] == (12.0 + 16.0) / 2
-    assert found["overall"]["base"]["generated_tokens"] == 7
-    assert found["overall"]["base"]["batch_3"]["seconds_p50"] == 14.0
+    assert found["overall"]["base"]["seconds_mean"] == (10.0 + 12.0) / 2
+    assert found["overall"]["base"]["generated_tokens"] == 4
+    assert found["overall"]["base"]["batch_3"]["seconds_p50"] == 11.0
     assert found["overall"]["adapted"]["overhead"] == {"value": 2.0, "low": 2.0, "high": 2.0}
     assert found["long"] == {"left_out": "1 + 3000 tokens are more than the model has positions for (2048)"}
 
@@ -347,7 +347,8 @@ def test_loading_and_switching_are_timed_and_leave_the_model_as_it_was(
     clock.runs_on(adapted, 1.0, 1.0)
     before = logits(adapted)
     state = {name: (p.data_ptr(), p.requires_grad) for name, p in adapted.named_parameters()}
-    found = run({"base": base, "adapted": adapted}, merge=False, saved=tmp_path, clock=clock).info["adapter"]
+    few: dict[str, Any] = {"samples": 1, "batch_sizes": [1], "merge": False}
+    found = run({"base": base, "adapted": adapted}, saved=tmp_path, clock=clock, **few).info["adapter"]
     assert (found["load_seconds_p50"], found["load_seconds_std"]) == (7.0, 0.0)
     assert (found["switch_seconds_p50"], found["switch_seconds_p99"]) == (3.0, 4.0)
     assert list(adapted.peft_config) == ["default"]

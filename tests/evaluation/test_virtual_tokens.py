@@ -27,8 +27,16 @@ METHODS = {
 }
 
 
-@pytest.mark.parametrize("method", METHODS)
-@pytest.mark.parametrize("kind", ["llama", "gpt2"])
+# In the fast tier rotary and learned positions, virtual tokens in the input and in each layer.
+FAST = (("llama", "prompt tuning"), ("gpt2", "prefix tuning"))
+PAIRS = [
+    (kind, method) if (kind, method) in FAST else pytest.param(kind, method, marks=pytest.mark.slow)
+    for kind in ("llama", "gpt2")
+    for method in METHODS
+]
+
+
+@pytest.mark.parametrize(("kind", "method"), PAIRS)
 def test_texts_are_those_of_each_prompt_alone(kind: str, method: str) -> None:
     base = make(kind, initializer_range=0.2, num_key_value_heads=4)
     base.requires_grad_(False)
@@ -49,6 +57,7 @@ def test_texts_are_those_of_each_prompt_alone(kind: str, method: str) -> None:
         assert decoding.generate(adapted, TOKENIZER, PROMPTS, max_new_tokens=16, batch_size=size) == expected
 
 
+@pytest.mark.slow  # imports the harness, which generates by transformers as the tests above do
 def test_the_harness_writes_them_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("lm_eval")
     monkeypatch.chdir(tmp_path)

@@ -15,6 +15,7 @@ from peftsweep.forecast.guide import USABLE, guide
 Compose = Callable[..., Trial]
 
 
+@pytest.mark.slow  # plans a model of 1B parameters; `tests/forecast/test_predict.py` has predictions of small ones
 def test_a_row_says_which_gpus_hold_it(compose: Compose) -> None:
     (row,) = guide("llama3.2_1b", compose, methods=["lora"], quants=["4bit"], words=["train.batch_size=1"])
     assert row.peak_bytes is not None
@@ -36,6 +37,7 @@ def test_a_refused_combination_fits_nowhere(compose: Compose) -> None:
     assert "which 4-bit storage packs" in (row.refused or "")
 
 
+@pytest.mark.slow  # two plans; `tests/forecast/test_predict.py` has memory that grows with the rows
 def test_longer_rows_take_more(compose: Compose) -> None:
     short, long = (compose("method=hira", f"dataset.max_length={n}") for n in (64, 128))
     peaks = [predicted(trial, [longest(trial)], "cuda") for trial in (short, long)]

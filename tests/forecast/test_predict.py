@@ -74,8 +74,15 @@ def test_the_prediction_is_what_the_allocator_is_asked_for(base: str, words: str
     assert abs(compare((base, words), "small", CPU, 128)["error"]) <= tolerance
 
 
-@pytest.mark.parametrize("device", ["cpu", "cuda"])
-@pytest.mark.parametrize("answers", [SHAPE.answer_tokens, 8])
+@pytest.mark.parametrize(
+    ("answers", "device"),
+    [
+        (SHAPE.answer_tokens, "cpu"),
+        (8, "cuda"),
+        pytest.param(SHAPE.answer_tokens, "cuda", marks=pytest.mark.slow),
+        pytest.param(8, "cpu", marks=pytest.mark.slow),
+    ],
+)
 def test_what_the_head_keeps_is_the_gradient_of_the_answers_hidden_states_and_never_negative(
     device: str, answers: int
 ) -> None:

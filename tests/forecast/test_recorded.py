@@ -60,6 +60,7 @@ def test_a_trial_records_what_was_predicted_and_what_it_took(run_small: RunSmall
     assert set(known_of_it.ratios) >= {"load", "train", "save"}
 
 
+@pytest.mark.slow  # three trials; a record holds what was predicted in the test above too
 def test_what_the_plan_said_of_the_trial_on_this_device_stands_in_its_record(
     run_unwritten: RunSmall, known: speed.Device
 ) -> None:

@@ -94,7 +94,11 @@ def test_weights_of_other_shapes_and_left_out_ones_are_refused_before_anything_i
     check({"model.layers.0.self_attn.rotary_emb.inv_freq": torch.ones(4)})  # a buffer
 
 
-@pytest.mark.parametrize("kind", ["mixtral", "gpt2", "gemma3", "gpt_oss", "jamba"])
+RENAMED: list[Any] = ["mixtral", "gpt2", "gemma3"]
+RENAMED += [pytest.param(kind, marks=pytest.mark.slow) for kind in ("gpt_oss", "jamba")]  # experts, as in the first
+
+
+@pytest.mark.parametrize("kind", RENAMED)
 def test_the_names_in_the_files_may_be_others_than_the_model_s(kind: str, compose: Compose, tmp_path: Path) -> None:
     """Experts are apart in the files of a mixture, parts have prefixes of their own, a tied head is in no file."""
     folder = write(kind, tmp_path / kind)
@@ -146,7 +150,7 @@ def classifier(masked: Path) -> Path:
 CLASSIFY = ["model=encoder", "dataset=tiny_direction", "method=lora", "targets=qv"]
 
 
-@pytest.mark.parametrize("quant", ["none", "4bit"])
+@pytest.mark.parametrize("quant", ["none", pytest.param("4bit", marks=pytest.mark.slow)])
 def test_the_plan_counts_the_parts_that_a_classifier_s_checkpoint_lacks(
     quant: str, compose: Compose, masked: Path
 ) -> None:

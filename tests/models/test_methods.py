@@ -137,13 +137,12 @@ def test_a_classifier_learns_with_its_head_or_is_refused(
 
 
 def test_no_head_is_quantised(compose: Compose) -> None:
-    for words in (SMALL_ENCODER, ("dataset=tiny_direction", "model.task=seq_cls")):
-        for quant in ("4bit", "8bit"):
-            one = compose(*words, f"quant={quant}")
-            base = model.load(one.config.model, build.quantization(one), CPU, 2)
-            head = [type(m) for n, m in base.named_modules() if n in ("pre_classifier", "classifier", "score")]
-            assert set(head) == {torch.nn.Linear}
-            assert any("bit" in type(module).__name__ for module in base.modules())
+    for quant, words in (("4bit", SMALL_ENCODER), ("8bit", ("dataset=tiny_direction", "model.task=seq_cls"))):
+        one = compose(*words, f"quant={quant}")
+        base = model.load(one.config.model, build.quantization(one), CPU, 2)
+        head = [type(m) for n, m in base.named_modules() if n in ("pre_classifier", "classifier", "score")]
+        assert set(head) == {torch.nn.Linear}
+        assert any("bit" in type(module).__name__ for module in base.modules())
 
 
 def test_full_fine_tuning_changes_every_weight(compose: Compose, rows: list[tokens.Tokens]) -> None:
@@ -171,8 +170,8 @@ def test_adalora_prunes_to_its_budget(compose: Compose, rows: list[tokens.Tokens
     one = compose("method=adalora", "method.tinit=2", "method.tfinal=2", "method.target_r=4", "train.batch_size=4")
     base = model.load(one.config.model, None, CPU)
     torch.manual_seed(0)
-    adapted: Any = build.attach_method(one, base, 12)
-    one.config.train.steps = 12
+    adapted: Any = build.attach_method(one, base, 8)
+    one.config.train.steps = 8
     loop.train(adapted, rows, one.config.train, pad_id=0, seed=0, meter=Meter(CPU), log=lambda row: None)
     values = torch.cat([p.flatten() for name, p in adapted.named_parameters() if "lora_E" in name])
     assert (values != 0).sum() == 4 * 8  # a budget of target_r a module, 8 modules
@@ -184,10 +183,10 @@ def test_the_best_weights_of_adalora_are_saved_with_the_ranks_that_they_had(
     """Ranks go on being dealt out after the best validation; those of the end would cut other weights away."""
     one = compose("method=adalora", "method.tinit=1", "method.tfinal=2", "method.target_r=1", "train.learning_rate=0.1")
     config = replace(
-        one.config.train, steps=12, eval_every="1", keep_best=True, schedule=Schedule.constant, batch_size=4
+        one.config.train, steps=8, eval_every="1", keep_best=True, schedule=Schedule.constant, batch_size=4
     )
     torch.manual_seed(0)
-    adapted: Any = build.attach_method(one, model.load(one.config.model, None, CPU), 12)
+    adapted: Any = build.attach_method(one, model.load(one.config.model, None, CPU), 8)
     worse = itertools.chain([3.0, 2.0, 2.0, 1.0], itertools.repeat(9.0))  # the fourth is the best
     options: dict[str, Any] = {"meter": Meter(CPU), "log": lambda row: None, "validate": lambda: {"loss": next(worse)}}
     found = loop.train(adapted, rows, config, pad_id=0, seed=0, **options)
@@ -200,7 +199,8 @@ def test_the_best_weights_of_adalora_are_saved_with_the_ranks_that_they_had(
         assert torch.allclose(losses.answer_losses(again, batch), expected, atol=1e-3)
 
 
-@pytest.mark.parametrize("name", ["kasa", "adalora", "shadow"])
+# Shadow attaches a second model, and its regulariser is asked for as theirs are.
+@pytest.mark.parametrize("name", ["kasa", "adalora", pytest.param("shadow", marks=pytest.mark.slow)])
 def test_a_method_with_a_regulariser_adds_it_and_others_do_not(
     name: str, compose: Compose, rows: list[tokens.Tokens]
 ) -> None:
@@ -356,8 +356,9 @@ def test_adalora_needs_steps_to_weigh_its_ranks(compose: Compose) -> None:
     assert forecast.check(compose("method=adalora", "train.steps=3")).trainable_parameters
 
 
-@pytest.mark.parametrize("quant", ["4bit", pytest.param("8bit", marks=pytest.mark.slow)])
-@pytest.mark.parametrize("name", some(["ia3", "road", "randlora", "pvera", "adalora"], ("ia3",)))
+@pytest.mark.slow  # few CPUs are fast in bfloat16; in the fast tier quantised bases have 32 bits
+@pytest.mark.parametrize("quant", ["4bit", "8bit"])
+@pytest.mark.parametrize("name", ["ia3", "road", "randlora", "pvera", "adalora"])
 def test_a_quantised_base_of_16_bits_trains_and_comes_back(
     name: str, quant: str, run_unwritten: Callable[..., Result]
 ) -> None:

@@ -275,6 +275,7 @@ def lora_flops() -> Callable[[str, str], int]:
     return count
 
 
+@pytest.mark.slow  # products of 4 and 8 bits take long on a CPU, and are counted as those below
 def test_a_quantised_model_does_the_work_of_the_unquantised_one(lora_flops: Callable[[str, str], int]) -> None:
     plain = lora_flops("none", "sdpa")
     assert plain > 0
@@ -289,7 +290,7 @@ def test_fused_attention_does_the_work_of_plain_attention_and_one_product_again(
     assert lora_flops("none", "sdpa") - lora_flops("none", "eager") == product
 
 
-@pytest.mark.parametrize("target", ["frozen experts", "adapted experts"])
+@pytest.mark.parametrize("target", [pytest.param("frozen experts", marks=pytest.mark.slow), "adapted experts"])
 def test_the_experts_of_each_token_are_counted_and_no_others(target: str) -> None:
     def count(per_token: int, experts: int) -> int:
         sizes = {"num_experts_per_tok": per_token, "num_experts": experts, "num_local_experts": experts}

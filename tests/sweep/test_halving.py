@@ -46,6 +46,7 @@ def records(name: str = "default") -> dict[str, Result]:
 NINE = [*UNWRITTEN[1:], "train.steps=9", "dataset.validation_samples=8", "train.eval_every=1", "train.keep_best=true"]
 
 
+@pytest.mark.slow  # `tests/training/test_checkpoint.py` stops and goes on to the bit, the sweep below stops at rungs
 def test_a_trial_that_stops_at_every_rung_ends_as_if_it_never_had(run_unwritten: RunSmall) -> None:
     words = [*NINE, "method.lora_dropout=0.1"]
     whole = run_unwritten(*words, "study=whole")
@@ -73,6 +74,7 @@ def without_time(row: dict[str, Any]) -> dict[str, Any]:
     return {key: value for key, value in row.items() if "second" not in key and "memory" not in key}
 
 
+@pytest.mark.slow  # four trials; the same command after a halving, below, has those that were stopped done
 def test_a_stopped_trial_is_done_for_its_rung_and_earlier_ones(run_unwritten: RunSmall) -> None:
     words = [*NINE, "halving.min_steps=1"]
     there = run_unwritten(*words, "halving.rung=2")

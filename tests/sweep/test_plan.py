@@ -35,6 +35,7 @@ def apart(trials: Sequence[Trial]) -> list[tuple[Any, ...]]:
         return process.apply(planned, (trials,))
 
 
+@pytest.mark.slow  # plans in three processes
 @pytest.mark.parametrize(
     ("methods", "quant"),
     [(SAMPLE, "none"), *(pytest.param(METHODS, q, marks=pytest.mark.slow) for q in ("none", "4bit", "8bit"))],
@@ -65,6 +66,7 @@ def sizes(compose: Callable[..., Trial], monkeypatch: pytest.MonkeyPatch) -> lis
     return [compose("eval=[perplexity]", *one) for one in words]
 
 
+@pytest.mark.slow  # traces the steps of two sizes twice; the one below has several processes
 def test_a_plan_that_several_processes_make_is_the_one_that_one_makes(sizes: list[Trial]) -> None:
     for cache in work.CACHES:
         cache.clear()

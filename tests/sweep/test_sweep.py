@@ -65,17 +65,18 @@ def test_a_command_with_force_that_was_cut_off_goes_on_and_one_that_ended_begins
 
 def test_a_failing_trial_does_not_stop_the_others(command: Command, fails_at_rank: Callable[[int], None]) -> None:
     fails_at_rank(4)
-    code, out, err = command(*UNWRITTEN, "method.r=4,2")
+    words = [*UNWRITTEN, "train.steps=1", "eval.perplexity.samples=1", "method.r=4,2"]
+    code, out, err = command(*words)
     assert code == 1
     assert "failed in train: RuntimeError: broken" in out
     assert out.splitlines()[-1] == "2 trials: 1 success, 1 failed  (multirun/default)"
     assert err == ""
     assert sorted(result.status.name for result in records().values()) == ["failed", "success"]
-    code, out, _ = command(*UNWRITTEN, "method.r=4,2", "study=stop", "stop_on_failure=true")
+    code, out, _ = command(*words, "study=stop", "stop_on_failure=true")
     assert code == 1
     assert out.splitlines()[-1] == "1 trial: 1 failed, 1 not run  (multirun/stop)"
     fails_at_rank(0)  # none any more
-    code, out, _ = command(*UNWRITTEN, "method.r=4,2")
+    code, out, _ = command(*words)
     assert (code, out.count("done before")) == (0, 1)
 
 
@@ -101,14 +102,14 @@ def test_a_dry_run_lists_and_trains_nothing(command: Command, trained: Callable[
     assert records()[plan[0]["trial"]].train_info["trainable_parameters"] == plan[0]["trainable_parameters"]
 
 
-def test_a_dry_run_from_python_trains_nothing(run_small: Callable[..., Result]) -> None:
+def test_a_dry_run_from_python_trains_nothing(run_small: Callable[..., Result], trained: Callable[..., Result]) -> None:
     planned = run_small("dry_run=true")
     assert planned.status is Status.planned
     assert planned.train_info["trainable_parameters"] == 81_920
     assert Path("multirun/default/plan.json").is_file()
     assert not list(Path("multirun/default").glob("*/"))
-    done = run_small()
-    assert (run_small("dry_run=true").status, done.status) == (Status.success, Status.success)
+    trained()
+    assert run_small("dry_run=true").status is Status.success
 
 
 def test_quiet_prints_one_line(command: Command) -> None:
@@ -125,12 +126,12 @@ def test_refused_is_done_and_no_failure(command: Command) -> None:
 
 @pytest.mark.parametrize("launcher", ["basic"])
 def test_stock_launchers_run_and_resume_too(launcher: str, command: Command) -> None:
-    words = [*UNWRITTEN, "train.steps=2", "method.r=2,4", f"hydra/launcher={launcher}"]
+    words = [*UNWRITTEN, "train.steps=2", "method.r=2", f"hydra/launcher={launcher}", "-m"]
     assert command(*words, "hydra.job.chdir=true")[0] == 0  # paths are relative to where the command runs all the same
-    assert len(records()) == 2
+    assert len(records()) == 1
     assert not list(Path("multirun/.hydra").rglob("result.json"))
     code, out, _ = command(*words)
-    assert (code, out.count("done before")) == (0, 2)
+    assert (code, out.count("done before")) == (0, 1)
 
 
 @pytest.mark.slow  # starts a command; the fast tier interrupts one in this process (test_workers.py), goes on from what

@@ -333,12 +333,9 @@ ABLATIONS = {(r, "qkvo", "4bit") for r in (4, 8, 16, 32, 64)}
 ABLATIONS |= {(16, targets, "none") for targets in ("qv", "qkv", "qkvo", "all_linear", "mlp")}
 
 
+@pytest.mark.slow  # ten points; two sweeps of a point each are joined below
 @pytest.mark.parametrize(
-    ("words", "launcher"),
-    [
-        ("sweep=rank_ablation,module_ablation", "local"),
-        pytest.param("sweep=glob(*_ablation)", "basic", marks=pytest.mark.slow),
-    ],
+    ("words", "launcher"), [("sweep=rank_ablation,module_ablation", "local"), ("sweep=glob(*_ablation)", "basic")]
 )
 def test_several_options_of_sweep_are_the_union_of_their_points(words: str, launcher: str, planned: Any) -> None:
     trials = planned(words, f"hydra/launcher={launcher}")
@@ -364,10 +361,11 @@ def own_sweep(name: str, text: str, seeds: str) -> None:
 
 
 # A key of ours and one of Hydra's; halving is one of ours.
-WHOLE = ["study: other", "hydra: {launcher: {workers: 2}}"]
+WHOLE = ["hydra: {launcher: {workers: 2}}"]
+NOT_WHOLE = [pytest.param(text, marks=pytest.mark.slow) for text in ("study: other", "halving: {min_steps: 5}")]
 
 
-@pytest.mark.parametrize("text", [*WHOLE, pytest.param("halving: {min_steps: 5}", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("text", [*WHOLE, *NOT_WHOLE])
 def test_options_of_sweep_that_cannot_be_joined_are_one_line(text: str, command: Command) -> None:
     Path("mine/sweep").mkdir(parents=True)
     Path("mine/sweep/own.yaml").write_text(f"# @package _global_\n{text}\n")

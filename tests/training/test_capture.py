@@ -124,7 +124,7 @@ def both(rows: list[Tokens], short: Shortcuts | None = None, **options: Any) -> 
     return found
 
 
-FAST = ("accumulated, clipped", "SGD with weight decay")
+FAST = ("accumulated, clipped",)
 
 
 @pytest.mark.parametrize("way", [way if way in FAST else pytest.param(way, marks=pytest.mark.slow) for way in WAYS])
@@ -293,7 +293,7 @@ def test_a_length_is_captured_after_usual_passes_and_then_replayed(
 @pytest.mark.parametrize(
     ("broken", "reason"),
     [
-        (out_of_memory, "CUDA out of memory. Tried to allocate 2 GiB"),
+        pytest.param(out_of_memory, "CUDA out of memory. Tried to allocate 2 GiB", marks=pytest.mark.slow),
         (of_other_gradients, "a replay gave another loss or other gradients"),
     ],
 )

@@ -75,9 +75,9 @@ WAYS = {
     "scaled losses": ["train.autocast=float16", "train.batch_size=1"],  # so large that the scale is lowered
     "gradient checkpointing": ["train.checkpointing=true", "method.lora_dropout=0.1"],
 }
-# One each of what is kept beside weights: random numbers, a method's own counts, the best weights. A base in 4 bits is
-# loaded again and nothing of it is kept, so that it belongs to the slow tier.
-QUICK = ("dropout", "AdaLoRA, its ranks dealt out", "the best weights")
+# One that keeps a method's own counts. The trial below that goes on has dropout, slots of packs the best weights
+# (test_packed.py). A base in 4 bits is loaded again and nothing of it is kept.
+QUICK = ("AdaLoRA, its ranks dealt out",)
 
 
 class Cut(Exception):
@@ -465,6 +465,7 @@ def test_the_seconds_of_a_trial_are_those_of_all_its_sittings(cut_trial: Run, ru
     assert again.run_info["total_seconds"] < 100
 
 
+@pytest.mark.slow  # as in the test above, and read from the other file
 def test_the_seconds_of_a_sitting_that_was_killed_are_those_until_its_checkpoint(
     cut_trial: Run, run_unwritten: Run
 ) -> None:
@@ -514,6 +515,7 @@ def test_what_ends_an_evaluation_costs_that_evaluation_alone(
 ) -> None:
     words = ["train.log_every=1", "train.checkpoint_every=null", "method=adalora"]
     words += ["method.tinit=1", "method.tfinal=1", "train.eval_every=2", "train.keep_best=true", "targets=q"]
+    words += ["eval.tiny_math.max_new_tokens=4"]
     evaluating.victim, evaluating.error = "perplexity", error
     try:
         run_small(*words)
@@ -542,6 +544,7 @@ def test_what_ends_an_evaluation_costs_that_evaluation_alone(
     assert second.train_info["train_seconds"] > 0
 
 
+@pytest.mark.slow  # the seconds of all sittings, above, are put together in the same place
 def test_the_peak_of_a_stage_is_that_of_all_sittings(
     evaluating: Evaluating, run_unwritten: Run, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -558,6 +561,7 @@ def test_the_peak_of_a_stage_is_that_of_all_sittings(
     assert memory["train"]["rss_peak"] == memory["load"]["rss_peak"] == 2**50
 
 
+@pytest.mark.slow  # five trials; in the fast tier the test above goes on after a kept evaluation
 def test_kept_evaluations_are_of_the_same_weights_and_rows(evaluating: Evaluating, run_small: Run) -> None:
     evaluating.victim = "perplexity"
     small = ["targets=q", "eval.tiny_math.max_new_tokens=4"]

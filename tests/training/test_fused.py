@@ -59,16 +59,21 @@ def losses_and_gradients(trained: Any) -> tuple[torch.Tensor, torch.Tensor]:
     return losses.detach(), torch.cat([gradient.flatten() for gradient in gradients if gradient is not None])
 
 
-@pytest.mark.parametrize(
-    ("quant", "dtype", "bound"),
-    [
-        ("none", Dtype.float32, 1e-5),
-        ("none", Dtype.bfloat16, 0.05),
-        ("4bit", Dtype.float32, 1e-5),
-        ("8bit", Dtype.float32, 1e-4),
-    ],
-)
-@pytest.mark.parametrize("method", METHODS)
+BASES: list[Any] = [
+    ("none", Dtype.float32, 1e-5),
+    ("none", Dtype.bfloat16, 0.05),
+    ("4bit", Dtype.float32, 1e-5),
+    ("8bit", Dtype.float32, 1e-4),
+]
+# In the fast tier each method on the unquantised base, and LoRA on each base.
+PAIRS = [
+    pytest.param(*one, method, marks=[] if one is BASES[0] or method == "lora" else pytest.mark.slow)
+    for one in BASES
+    for method in METHODS
+]
+
+
+@pytest.mark.parametrize(("quant", "dtype", "bound", "method"), PAIRS)
 def test_losses_and_gradients_are_those_of_peft_s_layers(quant: str, dtype: Dtype, bound: float, method: str) -> None:
     if (quant, method) == ("8bit", "dora"):
         pytest.skip("PEFT's DoRA fails on 8 bits")
@@ -269,6 +274,7 @@ def test_a_training_takes_them_on_cuda_and_its_losses_stay(monkeypatch: pytest.M
     assert found[1] == pytest.approx(found[0], rel=1e-5)
 
 
+@pytest.mark.slow  # two traces; `make gpu` measures what they foresee
 def test_the_memory_that_is_predicted_for_cuda_is_that_of_fewer_operations(monkeypatch: pytest.MonkeyPatch) -> None:
     """In bfloat16 PEFT's layers keep their inputs in 32 bits too."""
 

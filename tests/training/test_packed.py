@@ -82,7 +82,7 @@ SLOTS = [
     Spec(r=16, alpha=16, rslora=True, targets=("k_proj", "down_proj"), train={"weight_decay": 0.1}),
     Spec(r=5, targets=ALL, train={"steps": 7, "schedule": Schedule.linear, "clip": 0.05}),
 ]
-BRIEF = replace(SLOTS[3], train=SLOTS[3].train | {"steps": 4})
+BRIEF = replace(SLOTS[3], train=SLOTS[3].train | {"steps": 2})
 
 
 @dataclass
@@ -190,29 +190,33 @@ def check_same(packed: list[Found], single: list[Found], same: float = SAME) -> 
         assert abs(one.score.value - other.score.value) <= other.score.stderr
 
 
-@pytest.mark.parametrize("quant", ["4bit", *(pytest.param(q, marks=pytest.mark.slow) for q in QUANTS if q != "4bit")])
+# A quantised base takes four times as long; the adapters beside its layers are the same.
+@pytest.mark.parametrize("quant", ["none", *(pytest.param(q, marks=pytest.mark.slow) for q in QUANTS if q != "none")])
 def test_a_slot_is_the_trial_alone(rows: list[tokens.Tokens], tokenizer: Any, quant: str) -> None:
     specs = [SLOTS[2], BRIEF]  # eight of them are in the slow tier, below
-    single = [alone(spec, rows, tokenizer, base(quant), steps=5) for spec in specs]
-    many = together(specs, rows, tokenizer, base(quant), steps=5)
+    single = [alone(spec, rows, tokenizer, base(quant), steps=3) for spec in specs]
+    many = together(specs, rows, tokenizer, base(quant), steps=3)
     check_same(many, single)
-    assert [one.trained.steps for one in many] == [5, 4]
+    assert [one.trained.steps for one in many] == [3, 2]
     with pytest.raises(AssertionError):  # the check can fail
-        check_same([many[0], replace(many[1], losses=many[0].losses[:4])], single)
+        check_same([many[0], replace(many[1], losses=many[0].losses[:2])], single)
 
 
+@pytest.mark.slow  # the test below has the outputs and gradients of a layer, the one of static shapes whole steps
 def test_adapters_multiplied_in_one_batch_come_near_the_trials_alone(
     rows: list[tokens.Tokens], tokenizer: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """As on CUDA: products of other shapes, and gradients of another layout, are summed up in another order."""
     monkeypatch.setattr(packed, "Pack", partial(Pack, stacked=True))
-    specs = [replace(spec, train={"steps": 4} | spec.train) for spec in (SLOTS[2], BRIEF)]
+    specs = [replace(spec, train={"steps": 3} | spec.train) for spec in (SLOTS[2], BRIEF)]
     single = [alone(spec, rows, tokenizer, base()) for spec in specs]
     check_same(together(specs, rows, tokenizer, base()), single, same=10 * SAME)
 
 
 @pytest.mark.parametrize("specs", [SLOTS, SLOTS[1::2]], ids=["one lacks the layer", "all have it"])
-@pytest.mark.parametrize(("dtype", "bound"), [(Dtype.float32, 1e-5), (Dtype.bfloat16, 0.02)])
+@pytest.mark.parametrize(
+    ("dtype", "bound"), [(Dtype.float32, 1e-5), pytest.param(Dtype.bfloat16, 0.02, marks=pytest.mark.slow)]
+)
 def test_adapters_multiplied_in_one_batch_compute_what_each_does_alone_on_cuda(
     dtype: Dtype, bound: float, specs: list[Spec]
 ) -> None:
@@ -278,7 +282,7 @@ def test_steps_in_static_shapes_come_to_what_others_do(
 ) -> None:
     """As on CUDA, where they are captured; a slot ends before the others."""
     monkeypatch.setattr(packed, "Pack", partial(Pack, stacked=stacked))
-    specs, shared = [*SLOTS[1:3], BRIEF], {"steps": 6, "accumulation": 2, "batch_size": 3}
+    specs, shared = [SLOTS[1], BRIEF], {"steps": 3, "accumulation": 2, "batch_size": 3}
     usual = together(specs, rows, tokenizer, base(), **shared)
     monkeypatch.setattr(graphs, "DEVICES", ("cpu",))
     static = together(specs, rows, tokenizer, base(), **shared)
@@ -295,6 +299,7 @@ def test_slots_that_drop_are_not_taken_in_static_shapes(
     assert "dropout" in one.trained.compilation["capture_off"]
 
 
+@pytest.mark.slow  # what is compared can differ in the tests of the fast tier too, there by more
 def test_swapped_configurations_are_found_out(rows: list[tokens.Tokens], tokenizer: Any) -> None:
     """The nearest two slots can be: they differ in nothing but the rate, by a thousandth."""
     specs = [Spec(train={"learning_rate": rate}) for rate in (4e-3, 4.004e-3)]
@@ -307,11 +312,11 @@ def test_swapped_configurations_are_found_out(rows: list[tokens.Tokens], tokeniz
 @pytest.mark.parametrize(
     "shared",
     [
-        {"batch_size": 1, "steps": 8},  # so few rows that some kernels sum up a pack's in another order
         {"accumulation": 2, "checkpointing": True, "optimizer": "SGD", "learning_rate": 0.1, "steps": 2},
         *(
             pytest.param(way, marks=pytest.mark.slow)
             for way in (
+                {"batch_size": 1, "steps": 8},  # so few rows that some kernels sum up a pack's in another order
                 {"batch_size": 1, "steps": 20},
                 {"accumulation": 2},
                 {"checkpointing": True},
@@ -351,6 +356,7 @@ def test_16_bits_differ_as_much_as_two_layouts_of_the_trial_alone(
     assert max(packs) <= 2 * max(own)
 
 
+@pytest.mark.slow  # CUT, below, has a slot that drops, and its losses are those of the trial alone
 def test_dropout_is_that_of_the_trial_alone_whatever_the_pack_mates(rows: list[tokens.Tokens], tokenizer: Any) -> None:
     slot = Spec(dropout=0.3, targets=ALL)
     others = [Spec(), Spec(dropout=0.1, targets=("down_proj",), train={"steps": 2})]
@@ -363,25 +369,25 @@ def test_dropout_is_that_of_the_trial_alone_whatever_the_pack_mates(rows: list[t
 
 def test_layers_before_the_first_adapted_one_see_the_rows_once(rows: list[tokens.Tokens], tokenizer: Any) -> None:
     specs = [Spec(layers=[2, 3]), Spec(r=2, layers=[3]), Spec(layers=[2])]
-    single = [alone(spec, rows, tokenizer, base(), steps=4) for spec in specs]
+    single = [alone(spec, rows, tokenizer, base(), steps=2) for spec in specs]
     watched = base()
     seen: list[int] = []
     for layer in watched.model.layers:
         layer.mlp.register_forward_hook(lambda module, args, output: seen.append(len(args[0])))
-    check_same(together(specs, rows, tokenizer, watched, steps=4), single)
+    check_same(together(specs, rows, tokenizer, watched, steps=2), single)
     assert seen[:4] == [4, 4, 12, 12]
 
 
 def test_a_slot_that_diverges_leaves_the_others_unharmed(rows: list[tokens.Tokens], tokenizer: Any) -> None:
     bad = Spec(train={"learning_rate": 1e30, "clip": 0.0}, targets=ALL)
-    many = together([SLOTS[0], bad, SLOTS[1]], rows, tokenizer, base(), steps=3)
-    check_same([many[0], many[2]], [alone(spec, rows, tokenizer, base(), steps=3) for spec in SLOTS[:2]])
+    many = together([SLOTS[0], bad], rows, tokenizer, base(), steps=3)
+    check_same(many[:1], [alone(SLOTS[0], rows, tokenizer, base(), steps=3)])
     with pytest.raises(FloatingPointError) as ended:
         alone(bad, rows, tokenizer, base(), steps=3)
     assert isinstance(many[1].error, FloatingPointError)
     assert str(many[1].error) == str(ended.value)  # which names the step
     assert many[1].trained.steps < 3
-    assert [many[0].error, many[2].error] == [None, None]
+    assert many[0].error is None
 
 
 def test_a_slot_that_fails_in_its_own_part_leaves_the_others_unharmed(
@@ -595,7 +601,7 @@ def uncut(
     return whole, [whole.alone(number) for number in range(len(CUT))]
 
 
-@pytest.mark.parametrize("parts", ["pa", "ap", *(pytest.param(p, marks=pytest.mark.slow) for p in ("pp", "ppa"))])
+@pytest.mark.parametrize("parts", ["pa", *(pytest.param(p, marks=pytest.mark.slow) for p in ("ap", "pp", "ppa"))])
 def test_slots_go_on_from_checkpoints_together_or_alone(
     rows: list[tokens.Tokens], uncut: tuple[Cut, list[dict[str, torch.Tensor]]], tmp_path: Path, parts: str
 ) -> None:
@@ -618,9 +624,9 @@ def test_slots_go_on_from_checkpoints_together_or_alone(
         assert not any("seconds" in line for line in cut.lines[2])  # which would be the pack's too
 
 
-# In the fast tier the checkpoint is written by a pack and read by a trial alone, which has no row of weights.
-@pytest.mark.parametrize("parts", ["pa", pytest.param("ap", marks=pytest.mark.slow)])
-@pytest.mark.parametrize("optimizer", ["AdamW", pytest.param("Adagrad", marks=pytest.mark.slow)])
+@pytest.mark.slow  # packs on CUDA; in the fast tier the test above has checkpoints, another one steps of such rows
+@pytest.mark.parametrize("parts", ["pa", "ap"])
+@pytest.mark.parametrize("optimizer", ["AdamW", "Adagrad"])
 def test_slots_whose_weights_lie_in_one_row_keep_the_checkpoints_of_trials_alone(
     rows: list[tokens.Tokens], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, optimizer: str, parts: str
 ) -> None:
@@ -734,9 +740,9 @@ def test_beams_and_slots_that_have_ended_are_no_other_slots_matter(tokenizer: An
     for name, p in adapted.named_parameters():
         if "lora_B.slot1" in name:
             p.data.fill_(float("nan"))
-    single = evaluations(adapted, tokenizer, ["beams", "generation", "perplexity"], None)
+    single = evaluations(adapted, tokenizer, ["beams", "perplexity"], None)
     pack = Pack(adapted, [*adapted.peft_config])
-    check_evaluations(evaluations(adapted, tokenizer, ["beams", "generation", "perplexity"], pack)[:1], single[:1])
+    check_evaluations(evaluations(adapted, tokenizer, ["beams", "perplexity"], pack)[:1], single[:1])
 
 
 def test_what_fails_together_is_asked_of_each_slot(tokenizer: Any, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -73,6 +73,12 @@ def run(
     return done, lines, {name: p.detach().clone() for name, p in models_parts.trainable_parameters(trained)}
 
 
+@pytest.fixture(scope="module")
+def plain(rows: list[data_tokens.Tokens]) -> tuple[Trained, list[dict[str, Any]], dict[str, torch.Tensor]]:
+    """Four steps without an option, which others are compared with."""
+    return run(rows, steps=4)
+
+
 def losses(lines: list[dict[str, Any]]) -> list[float]:
     return [row["loss"] for row in lines if "loss" in row]
 
@@ -128,20 +134,19 @@ def test_checkpointing_trains_a_model_that_changes_its_embeddings_in_place(rows:
 
 @pytest.mark.kernels
 def test_two_runs_are_the_same_bit_for_bit(rows: list[data_tokens.Tokens]) -> None:
-    first, second = (run(rows, adapted(lora_dropout=0.1)) for _ in range(2))
+    first, second = (run(rows, adapted(lora_dropout=0.1), steps=3) for _ in range(2))
     assert losses(first[1]) == losses(second[1])
     assert same(first[2], second[2])
 
 
 @pytest.mark.kernels
 def test_accumulation_changes_memory_and_not_results(rows: list[data_tokens.Tokens]) -> None:
-    some = rows[:11]  # of unlike lengths; an epoch ends with a step of 3 rows
-    whole, parts, single = (run(some, steps=4, batch_size=size, accumulation=8 // size) for size in (8, 2, 1))
-    for other in (parts, single):
-        assert losses(other[1]) == pytest.approx(losses(whole[1]), rel=1e-4)
-        assert other[0].tokens == whole[0].tokens
-        assert other[0].epochs == whole[0].epochs == 2
-        assert [row["step"] for row in other[1] if "epoch_loss" in row] == [2, 4]
+    some = rows[:5]  # of unlike lengths; an epoch ends with a step of one row
+    whole, parts = (run(some, steps=4, batch_size=size, accumulation=4 // size) for size in (4, 1))
+    assert losses(parts[1]) == pytest.approx(losses(whole[1]), rel=1e-4)
+    assert parts[0].tokens == whole[0].tokens
+    assert parts[0].epochs == whole[0].epochs == 2
+    assert [row["step"] for row in parts[1] if "epoch_loss" in row] == [2, 4]
 
 
 def test_a_step_takes_the_same_rows_however_they_are_accumulated(rows: list[data_tokens.Tokens]) -> None:
@@ -163,24 +168,32 @@ def test_a_data_dependent_regulariser_counts_by_answer_tokens(
     monkeypatch.setattr(
         loop, "auxiliary_loss", lambda trained, batch: models_losses.answer_losses(trained, batch).mean()
     )
-    one = run(rows[:43], steps=2, warmup=0, optimizer="SGD", clip=0.0, batch_size=16)
-    parts = run(rows[:43], steps=2, warmup=0, optimizer="SGD", clip=0.0, batch_size=4, accumulation=4)
+    options: dict[str, Any] = {"steps": 2, "warmup": 0, "optimizer": "SGD", "clip": 0.0}
+    one = run(rows[:11], **options, batch_size=8)
+    parts = run(rows[:11], **options, batch_size=4, accumulation=2)
     assert same(one[2], parts[2], atol=1e-6)
 
 
 @pytest.mark.kernels
-def test_gradient_checkpointing_gives_the_same_weights(rows: list[data_tokens.Tokens]) -> None:
-    assert same(run(rows)[2], run(rows, checkpointing=True)[2], atol=1e-6)
+def test_gradient_checkpointing_gives_the_same_weights(rows: list[data_tokens.Tokens], plain: Any) -> None:
+    assert same(plain[2], run(rows, steps=4, checkpointing=True)[2], atol=1e-6)
 
 
-@pytest.mark.parametrize("options", [{"autocast": Dtype.bfloat16}, {"optimizer": "SGD", "learning_rate": 0.5}])
+# Few CPUs are fast in bfloat16; `tests/trial/test_stages.py` has a short trial with it.
+@pytest.mark.parametrize(
+    "options",
+    [
+        pytest.param({"autocast": Dtype.bfloat16}, marks=pytest.mark.slow),
+        {"optimizer": "SGD", "learning_rate": 0.5},
+    ],
+)
 def test_other_ways_to_train_learn_too(rows: list[data_tokens.Tokens], options: dict[str, Any]) -> None:
     _, lines, _ = run(rows, steps=12, **options)
     assert losses(lines)[-1] < losses(lines)[0] - 0.5
 
 
 def test_an_8_bit_optimizer_and_its_options_can_be_named(rows: list[data_tokens.Tokens]) -> None:
-    _, lines, _ = run(rows, optimizer="bitsandbytes.optim.AdamW8bit", optimizer_kwargs={"betas": [0.9, 0.99]})
+    _, lines, _ = run(rows, steps=4, optimizer="bitsandbytes.optim.AdamW8bit", optimizer_kwargs={"betas": [0.9, 0.99]})
     assert losses(lines)[-1] < losses(lines)[0]
     with pytest.raises(InputError, match=r"train.optimizer_kwargs: .*beta"):
         run(rows, optimizer_kwargs={"beta": 1})
@@ -259,16 +272,16 @@ def test_keep_best_ends_with_the_weights_of_the_best_validation(rows: list[data_
         seen.append({name: p.detach().clone() for name, p in models_parts.trainable_parameters(trained)})
         return {"loss": next(scripted), "tiny_math.accuracy": 0.0}
 
-    done, lines, weights = run(rows, trained, validate, eval_every="2", keep_best=True)
-    assert (done.best_loss, done.best_step) == (0.3, 4)
+    done, lines, weights = run(rows, trained, validate, steps=3, eval_every="1", keep_best=True)
+    assert (done.best_loss, done.best_step) == (0.3, 2)
     assert same(weights, seen[1])
     assert not same(weights, seen[2])
     rows_of_validation = [row for row in lines if "validation_loss" in row]
-    assert [row["step"] for row in rows_of_validation] == [2, 4, 6]
+    assert [row["step"] for row in rows_of_validation] == [1, 2, 3]
     assert rows_of_validation[0]["validation_tiny_math.accuracy"] == 0.0
 
 
-@pytest.mark.parametrize(("metric", "best"), [("tiny_math.accuracy", 6), ("tiny_math.perplexity", 2), ("loss", 4)])
+@pytest.mark.parametrize(("metric", "best"), [("tiny_math.accuracy", 3), ("tiny_math.perplexity", 1), ("loss", 2)])
 def test_the_best_validation_is_chosen_by_the_metric_asked_for(
     rows: list[data_tokens.Tokens], metric: str, best: int
 ) -> None:
@@ -277,7 +290,7 @@ def test_the_best_validation_is_chosen_by_the_metric_asked_for(
     def validate() -> dict[str, float]:
         return dict(zip(("loss", "tiny_math.accuracy", "tiny_math.perplexity"), next(scripted), strict=True))
 
-    done, _, _ = run(rows, adapted(), validate, eval_every="2", keep_best=True, best_metric=metric)
+    done, _, _ = run(rows, adapted(), validate, steps=3, eval_every="1", keep_best=True, best_metric=metric)
     assert (done.best_loss, done.best_step) == (0.3, best)
 
 
@@ -293,7 +306,8 @@ def test_a_metric_that_no_validation_has_is_named_with_those_it_has(rows: list[d
 
 
 def test_tokens_and_padding_are_counted(rows: list[data_tokens.Tokens]) -> None:
-    done, lines, _ = run(rows, epochs=1, batch_size=8, log_every=3)
+    rows = rows[:24]
+    done, lines, _ = run(rows, epochs=1, log_every=3)
     assert done.tokens == sum(len(row.ids) for row in rows)
     assert (done.steps, done.epochs, len(done.step_seconds)) == (6, 1.0, 6)
     assert 0 <= done.padding_fraction < 0.2
@@ -344,17 +358,19 @@ def test_generation_scores_each_row(scratch: Path) -> None:
 
 
 def test_every_whole_epoch_has_a_row_of_its_own(rows: list[data_tokens.Tokens]) -> None:
-    done, lines, _ = run(rows, steps=15, batch_size=8)  # of 6 steps an epoch
+    rows = rows[:12]
+    done, lines, _ = run(rows, steps=7)  # of 3 steps an epoch
     epochs = [row for row in lines if "epoch_loss" in row]
-    assert [(row["step"], row["epoch"]) for row in epochs] == [(6, 1), (12, 2)]
-    assert epochs[1]["epoch_loss"] == pytest.approx(sum(losses(lines)[6:12]) / 6)
-    assert epochs[1]["epoch_seconds"] == pytest.approx(sum(done.step_seconds[6:12]))
+    assert [(row["step"], row["epoch"]) for row in epochs] == [(3, 1), (6, 2)]
+    assert epochs[1]["epoch_loss"] == pytest.approx(sum(losses(lines)[3:6]) / 3)
+    assert epochs[1]["epoch_seconds"] == pytest.approx(sum(done.step_seconds[3:6]))
     tokens = sum(len(row.ids) for row in rows)
     assert epochs[0]["epoch_tokens_per_second"] == pytest.approx(tokens / epochs[0]["epoch_seconds"])
 
 
 def test_an_epoch_ends_with_a_smaller_step(rows: list[data_tokens.Tokens]) -> None:
-    done, lines, _ = run(rows, steps=4, batch_size=8, accumulation=4)  # of 32 and 16 rows
+    rows = rows[:12]
+    done, lines, _ = run(rows, steps=4, batch_size=4, accumulation=2)  # of 8 and 4 rows
     assert [row["step"] for row in lines if "epoch_loss" in row] == [2, 4]
     assert done.tokens == 2 * sum(len(row.ids) for row in rows)
 
@@ -394,11 +410,10 @@ def test_a_warmup_must_be_shorter_than_the_training(warmup: float, steps: int, a
 
 
 @pytest.mark.kernels
-def test_padding_to_a_multiple_changes_no_loss(rows: list[data_tokens.Tokens]) -> None:
-    plain, lines, _ = run(rows)
-    padded, others, _ = run(rows, pad_to_multiple_of=16)
-    assert losses(others) == pytest.approx(losses(lines), rel=1e-5)
-    assert padded.padding_fraction > plain.padding_fraction
+def test_padding_to_a_multiple_changes_no_loss(rows: list[data_tokens.Tokens], plain: Any) -> None:
+    padded, others, _ = run(rows, steps=4, pad_to_multiple_of=16)
+    assert losses(others) == pytest.approx(losses(plain[1]), rel=1e-5)
+    assert padded.padding_fraction > plain[0].padding_fraction
 
 
 @pytest.mark.slow
@@ -414,7 +429,7 @@ def test_a_compiled_step_gives_the_same_losses_and_says_what_was_compiled(rows: 
 
 @pytest.mark.parametrize(("fault", "reason"), [("raises", "no compiler"), ("lies", "the compiled model's loss is")])
 def test_compiling_that_fails_is_off_with_its_reason(
-    rows: list[data_tokens.Tokens], monkeypatch: pytest.MonkeyPatch, fault: str, reason: str
+    rows: list[data_tokens.Tokens], plain: Any, monkeypatch: pytest.MonkeyPatch, fault: str, reason: str
 ) -> None:
     def broken(trained: Any, **_: Any) -> Any:
         def call(*arguments: Any, **options: Any) -> Any:
@@ -426,11 +441,10 @@ def test_compiling_that_fails_is_off_with_its_reason(
 
         return call
 
-    _, lines, _ = run(rows)
     monkeypatch.setattr(torch, "compile", broken)
-    done, others, _ = run(rows, compile="inductor")
+    done, others, _ = run(rows, steps=4, compile="inductor")
     assert reason in done.compilation["compile_off"]
-    assert losses(others) == losses(lines)
+    assert losses(others) == losses(plain[1])
 
 
 @pytest.mark.parametrize("seed", range(5))

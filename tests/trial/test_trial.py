@@ -82,6 +82,8 @@ def test_the_folder_holds_all_that_the_design_promises(run_small: RunSmall) -> N
     assert written["train_info"]["train_seconds"] <= written["run_info"]["total_seconds"]
 
 
+# `tests/training/test_train.py` trains twice, to the bit, `tests/config/test_repeat.py` runs a trial twice
+@pytest.mark.slow
 @pytest.mark.kernels
 def test_two_runs_agree_bit_for_bit(run_small: RunSmall) -> None:
     words = ["quant=4bit", "method.lora_dropout=0.1", "eval.tiny_math.samples=2", "eval.tiny_math.max_new_tokens=6"]
@@ -98,7 +100,7 @@ def test_two_runs_agree_bit_for_bit(run_small: RunSmall) -> None:
 def test_a_base_score_kept_with_other_kernels_is_measured_anew(
     run_unwritten: RunSmall, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    words = ["train=none", "force=true"]
+    words = ["train=none", "force=true", "eval.perplexity.samples=2"]
     kept = []
     for kernels in ({"threads": 1, "cpu_capability": name} for name in ("AVX2", "AVX512")):
         monkeypatch.setattr(record, "kernels", lambda found=kernels: found)
@@ -147,6 +149,7 @@ def test_other_methods_train_save_and_report(words: list[str], run_unwritten: Ru
     assert (place(result) / "adapter").is_dir()
 
 
+@pytest.mark.slow  # as the adapter above, and saved as one
 def test_full_fine_tuning_comes_back_for_another_evaluation(trained: RunSmall, run_small: RunSmall) -> None:
     first = trained("method=full")
     second = run_small("method=full", "eval.tiny_math.samples=9")
@@ -256,7 +259,8 @@ def test_an_interrupt_is_recorded_as_cancelled_and_passed_on(
 
 
 def test_validation_rows_and_the_best_weights(run_small: RunSmall) -> None:
-    result = run_small("train.eval_every=2", "train.keep_best=true", "dataset.validation_samples=6")
+    few = ["targets=q", "eval.tiny_math.max_new_tokens=4"]
+    result = run_small(*few, "train.eval_every=2", "train.keep_best=true", "dataset.validation_samples=6")
     steps = lines(place(result) / "steps.jsonl")
     validations = [row for row in steps if "validation_loss" in row]
     assert [row["step"] for row in validations] == [2, 4]
@@ -281,9 +285,10 @@ def test_an_adapter_that_does_not_come_back_is_reported(
     assert result.train_info["reload_difference"] > 0.01
 
 
-# One whose weights are counted in layers, and one that has none there.
-SIZED: list[Any] = ["lora", "prefix_tuning"]
-SIZED += [pytest.param(name, marks=pytest.mark.slow) for name in ("vera", "boft", "mica", "trainable_tokens")]
+# One in the fast tier, as each trains.
+SIZED: list[Any] = ["lora"]
+OTHER_SIZES = ("prefix_tuning", "vera", "boft", "mica", "trainable_tokens")
+SIZED += [pytest.param(name, marks=pytest.mark.slow) for name in OTHER_SIZES]
 
 
 @pytest.mark.parametrize("method", SIZED)
@@ -339,7 +344,8 @@ def test_what_is_saved_comes_back_and_merges(run_unwritten: RunSmall, method: st
     assert (losses[0] - losses[1]).abs().max() < 1e-3
 
 
-@pytest.mark.parametrize("quant", [pytest.param("4bit", marks=pytest.mark.slow), "8bit"])
+@pytest.mark.slow  # another method on a quantised base is merged above
+@pytest.mark.parametrize("quant", ["4bit", "8bit"])
 def test_ia3_merges_on_a_quantised_base(quant: str, run_unwritten: RunSmall) -> None:
     result = run_unwritten(
         "method=ia3", f"quant={quant}", "adapter.check=true", "adapter.merge=true", "train.learning_rate_scale=500"
@@ -365,13 +371,14 @@ def test_what_cannot_be_merged_says_so(run_unwritten: RunSmall) -> None:
     assert not (place(result) / "merged").exists()
 
 
-def test_a_residual_base_is_quantised_in_place_of_the_whole(run_small: RunSmall) -> None:
-    result = run_small("method=pissa", "quant=4bit", "train.steps=0", "train=none")
+def test_a_residual_base_is_quantised_in_place_of_the_whole(run_unwritten: RunSmall) -> None:
+    result = run_unwritten("method=pissa", "quant=4bit", "train.steps=0", "train=none")
     base = result.eval_info["perplexity"]["base_loss"]["value"]
     assert result.eval_info["perplexity"]["loss"]["value"] == pytest.approx(base, abs=0.2)
     assert (place(result) / "adapter" / "base").is_dir()
 
 
+@pytest.mark.slow  # two merges and four models; what PEFT's LoftQ comes to, not what a trial does with it
 def test_loftq_begins_closer_to_the_unquantised_base_than_lora(run_unwritten: RunSmall) -> None:
     """The point of LoftQ (arXiv 2310.08659): quantised base and adapter together are nearer to the weights."""
     config = ModelConfig(name_or_path="tiny")
@@ -478,6 +485,7 @@ def test_a_local_file_with_its_own_columns(run_small: RunSmall, questions: Path)
     assert result.eval_info["perplexity"]["perplexity"]["n"] == 3
 
 
+@pytest.mark.slow  # a local file is trained on above; tests/data reads the rows and answers of GSM8K
 def test_gsm8k_takes_local_files(questions: Path) -> None:
     test = schemas.write("gsm8k", questions.parent)
     words = ["device=cpu", "dataset=gsm8k", f"dataset.path={questions}", f"dataset.test_path={test}", "train.steps=2"]
@@ -498,13 +506,12 @@ def test_from_python_a_wrong_word_is_an_exception() -> None:
         peftsweep.run(["method.r=0"])
 
 
-def test_a_broken_record_is_run_again(trained: RunSmall, run_small: RunSmall) -> None:
+def test_a_broken_record_is_named_and_none(trained: RunSmall) -> None:  # test_sweep.py runs such a trial again
     result = trained()
     (place(result) / "result.json").write_text('{"schema_version": 1, "run_in')
     with pytest.raises(RecordError, match=r"result\.json"):
         Result.read(place(result))
     assert store.result(place(result)) is None
-    assert run_small().status is Status.success
 
 
 def test_a_record_of_a_later_version_is_not_misread(trained: RunSmall) -> None:
@@ -517,19 +524,26 @@ def test_a_record_of_a_later_version_is_not_misread(trained: RunSmall) -> None:
 
 def test_a_saved_adapter_is_scored_as_the_trial_that_made_it(run_unwritten: RunSmall) -> None:
     trained = run_unwritten("method.r=4", "targets=qv", "quant=4bit", "train.learning_rate_scale=50")
-    for path in (place(trained), place(trained) / "adapter"):
-        again = cli.run_one([*ALL_TARGETS, f"adapter.path={path}"])
-        assert again.status is Status.success
-        assert {key: again.config[key] for key in ("method", "quant", "targets")} == {
-            key: trained.config[key] for key in ("method", "quant", "targets")
-        }
-        assert (again.choices["quant"], again.choices["targets"]) == ("4bit", "qv")
-        for metric in ("loss", "perplexity", "base_loss"):
-            assert again.eval_info["perplexity"][metric] == trained.eval_info["perplexity"][metric]
-        assert again.train_info["steps"] == 0
-        assert not (place(again) / "adapter").exists()
+    again = cli.run_one([*ALL_TARGETS, f"adapter.path={place(trained)}"])
+    assert again.status is Status.success
+    assert {key: again.config[key] for key in ("method", "quant", "targets")} == {
+        key: trained.config[key] for key in ("method", "quant", "targets")
+    }
+    assert (again.choices["quant"], again.choices["targets"]) == ("4bit", "qv")
+    for metric in ("loss", "perplexity", "base_loss"):
+        assert again.eval_info["perplexity"][metric] == trained.eval_info["perplexity"][metric]
+    assert again.train_info["steps"] == 0
+    assert not (place(again) / "adapter").exists()
 
 
+def test_an_adapter_that_is_not_there_is_one_line() -> None:
+    with pytest.raises(peftsweep.InputError, match=r"from the hub: hf download org/adapter --local-dir FOLDER"):
+        store.adapter("org/adapter")
+    with pytest.raises(peftsweep.InputError, match=r"adapter\.path=nowhere: holds no adapter_config\.json"):
+        cli.run_one([*ALL_TARGETS, "adapter.path=nowhere"])
+
+
+@pytest.mark.slow  # as the one of a trial above; `tests/config/test_restored.py` has what its folder says
 def test_an_adapter_from_elsewhere_is_scored_too(run_unwritten: RunSmall, tmp_path: Path) -> None:
     trained = run_unwritten("method=ia3", "train.learning_rate_scale=50")
     elsewhere = tmp_path / "downloads" / "ia3"
@@ -540,12 +554,9 @@ def test_an_adapter_from_elsewhere_is_scored_too(run_unwritten: RunSmall, tmp_pa
     assert again.config["model"]["name_or_path"] == str(model.TINY)
     assert again.eval_info["perplexity"]["loss"] == trained.eval_info["perplexity"]["loss"]
     assert cli.run_one(words).run_info["created_at"] == again.run_info["created_at"]
-    with pytest.raises(peftsweep.InputError, match=r"from the hub: hf download org/adapter --local-dir FOLDER"):
-        store.adapter("org/adapter")
-    with pytest.raises(peftsweep.InputError, match=r"adapter\.path=nowhere: holds no adapter_config\.json"):
-        cli.run_one([*ALL_TARGETS, "adapter.path=nowhere"])
 
 
+@pytest.mark.slow  # as the adapter above; `tests/models/test_saved_heads.py` has heads that are saved and read
 def test_a_classifier_is_scored_again_with_its_head(run_small: RunSmall) -> None:
     words = ["device=cpu", "dataset=tiny_direction", "model.task=seq_cls", "eval=[classification]"]
     few = ["train.steps=2", "dataset.samples=16", "eval.classification.samples=16", "adapter.check=false"]
@@ -591,6 +602,7 @@ def test_tokenised_rows_that_took_long_are_read_back_from_the_study(
     assert again.train_info["final_loss"] == first.train_info["final_loss"]
 
 
+@pytest.mark.slow  # the adapter that comes back otherwise, above, is found out in the same way
 def test_a_merged_folder_that_answers_otherwise_is_taken_away(
     run_unwritten: RunSmall, monkeypatch: pytest.MonkeyPatch
 ) -> None:
