@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from peftsweep.errors import InputError, first_line, suggest
-from peftsweep.search.journal_lock import JournalLock
 from peftsweep.study import store
 from peftsweep.study.scores import is_minimized
 
@@ -103,8 +102,14 @@ def open_storage(place: str) -> BaseStorage:
     try:
         if "://" in place:
             return storages.get_storage(place)
-        Path(place).parent.mkdir(parents=True, exist_ok=True)
-        return storages.JournalStorage(JournalFileBackend(place, JournalLock(place)))
+        # Optuna's lock is a link to the journal. That of a killed process is taken away after 30 s, but one that leads
+        # nowhere, as a relative path did in earlier versions, would be waited for without end.
+        journal = Path(place).absolute()
+        journal.parent.mkdir(parents=True, exist_ok=True)
+        lock = Path(f"{journal}.lock")
+        if lock.is_symlink() and not lock.exists():
+            lock.unlink(missing_ok=True)
+        return storages.JournalStorage(JournalFileBackend(str(journal)))
     except OSError:
         raise
     except Exception as error:  # whatever a database, its driver or a damaged journal raises
