@@ -1,3 +1,3 @@
 """What is known before anything runs? Memory, refusals, size."""
 
-__all__ = ["duration", "forecast", "guide", "history", "timing", "work"]
+__all__ = ["duration", "forecast", "guide", "history", "predict", "timing", "work"]

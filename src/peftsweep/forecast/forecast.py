@@ -24,7 +24,7 @@ from peftsweep.config.compose import Trial
 from peftsweep.config.identity import RATES, forecast_keys, model_key, sizes_key
 from peftsweep.data.tokens import Tokens
 from peftsweep.errors import InputError
-from peftsweep.forecast.predict import Prediction, Shape, predict, shapes, skeleton
+from peftsweep.forecast.predict import Prediction, Shape, predict, shapes, skeleton, smaller
 from peftsweep.models import compatibility, coverage, parts, probe, saved
 from peftsweep.models import model as models_model
 from peftsweep.models.quantised import libraries
@@ -434,18 +434,6 @@ def oversized(trial: Trial, *, own_order: bool = False, at_once: int = 1) -> str
     there = f"{size(limit)} for each of {at_once} trials on the device" if shared else size(limit)
     advice = smaller(trial.config, "train") + (", or fewer hydra.launcher.workers" if shared else "")
     return f"predicted to need {size(found.peak_bytes)}, there are {there}; {advice}"
-
-
-def smaller(config: Config, stage: str) -> str:
-    """The keys that would make the trial smaller, of those that are not set already."""
-    train, keys = config.train, []
-    if stage == "train" and train.batch_size > 1:
-        keys.append(f"train.batch_size={train.batch_size // 2} train.accumulation={2 * train.accumulation}")
-    if stage == "train" and not train.checkpointing:
-        keys.append("train.checkpointing=true")
-    if not config.quant:
-        keys.append("quant=4bit")
-    return "try " + ", ".join([*keys, ("or " if keys else "") + "a smaller dataset.max_length or model"])
 
 
 def memory_limit(trial: Trial, at_once: int = 1) -> float | None:

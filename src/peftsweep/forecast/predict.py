@@ -36,7 +36,7 @@ from peftsweep.models.parts import base_of, classifies, head_names, text_config,
 from peftsweep.models.probe import known_shortcuts
 from peftsweep.models.quantised import layers, libraries
 from peftsweep.models.shortcuts import SHORTCUTS
-from peftsweep.schema import ModelConfig, TrainConfig
+from peftsweep.schema import Config, ModelConfig, TrainConfig
 from peftsweep.training import length as training_length
 from peftsweep.training import optimizer as training_optimizer
 from peftsweep.training.capture import captures, unfit
@@ -302,6 +302,18 @@ def _at_head(adapted: Any, note: Callable[[], Found]) -> Iterator[list[Found]]:
         yield results
     finally:
         hook.remove()
+
+
+def smaller(config: Config, stage: str) -> str:
+    """The keys that would make the trial smaller, of those that are not set already."""
+    train, keys = config.train, []
+    if stage == "train" and train.batch_size > 1:
+        keys.append(f"train.batch_size={train.batch_size // 2} train.accumulation={2 * train.accumulation}")
+    if stage == "train" and not train.checkpointing:
+        keys.append("train.checkpointing=true")
+    if not config.quant:
+        keys.append("quant=4bit")
+    return "try " + ", ".join([*keys, ("or " if keys else "") + "a smaller dataset.max_length or model"])
 
 
 # ---- the optimizer ---------------------------------------------------------------------------------

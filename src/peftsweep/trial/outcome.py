@@ -17,7 +17,7 @@ import transformers
 
 from peftsweep.config import identity
 from peftsweep.config.compose import Trial
-from peftsweep.forecast import forecast
+from peftsweep.forecast import predict
 from peftsweep.models import model
 from peftsweep.observe.display import Observer
 from peftsweep.observe.measure import Meter, out_of_memory, percentile
@@ -76,7 +76,7 @@ def failure_of(error: BaseException, stage: str | None, config: Config) -> dict[
     if out_of_memory(error):
         size = re.search(r"[Tt]ried to allocate ([\d.]+ \w+)", str(error))
         reason = f"no memory left for {size[1]} more" if size else "no memory left"
-        found["message"] = f"{reason}; {forecast.smaller(config, found['stage'])}"
+        found["message"] = f"{reason}; {predict.smaller(config, found['stage'])}"
     return found
 
 
