@@ -86,6 +86,7 @@ def record_of(study: str) -> Result:
 # ---- what the hub answers ----------------------------------------------------------------------------
 
 
+@pytest.mark.slow  # a process of its own that imports the hub's libraries, as the tests below
 def test_what_the_hub_refuses_is_one_line_that_says_what_to_do(hub: Hub, tmp_path: Path) -> None:
     hub.model("org/whole").commit({"config.json": b'{"architectures": ["LlamaForCausalLM"]}'})
     hub.model("org/whole").commit({"config.json": b'{"architectures": ["BertForMaskedLM"]}'}, "other/branch")

@@ -37,6 +37,7 @@ def test_a_refused_combination_fits_nowhere(compose: Compose) -> None:
     assert "which 4-bit storage packs" in (row.refused or "")
 
 
+@pytest.mark.slow  # two plans; `tests/forecast/test_predict.py` has memory that grows with the rows
 def test_longer_rows_take_more(compose: Compose) -> None:
     short, long = (compose("method=hira", f"dataset.max_length={n}") for n in (64, 128))
     peaks = [predicted(trial, [longest(trial)], "cuda") for trial in (short, long)]

@@ -51,7 +51,7 @@ def test_studies_of_the_first_version_are_tables(study: str) -> None:
         assert row["config.seed"] == result.config["seed"]
 
 
-@pytest.mark.parametrize("study", ["ranks", "classifier", "pack"])
+@pytest.mark.parametrize("study", ["ranks", "classifier", pytest.param("pack", marks=pytest.mark.slow)])
 def test_adapters_of_the_first_version_score_as_recorded(study: str) -> None:
     trial = next(iter(records(study).values()))
     name = "tiny_direction" if study == "classifier" else "perplexity"

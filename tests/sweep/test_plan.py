@@ -35,6 +35,7 @@ def apart(trials: Sequence[Trial]) -> list[tuple[Any, ...]]:
         return process.apply(planned, (trials,))
 
 
+@pytest.mark.slow  # plans in three processes
 @pytest.mark.parametrize(
     ("methods", "quant"),
     [(SAMPLE, "none"), *(pytest.param(METHODS, q, marks=pytest.mark.slow) for q in ("none", "4bit", "8bit"))],

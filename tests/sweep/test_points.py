@@ -67,7 +67,7 @@ SWEEPS = {
     "packages": ["quant@train=none", "seed@x=3", "optimizer=1", "train.optimizer=SGD", "train.optimizer=AdamW"],
 }
 
-FEW = ("values", "own", "sections")  # that are composed in the fast tier
+FEW = ("values", "own")  # that are composed in the fast tier
 
 
 @pytest.fixture(scope="module")

@@ -274,6 +274,7 @@ def test_a_training_takes_them_on_cuda_and_its_losses_stay(monkeypatch: pytest.M
     assert found[1] == pytest.approx(found[0], rel=1e-5)
 
 
+@pytest.mark.slow  # two traces; `make gpu` measures what they foresee
 def test_the_memory_that_is_predicted_for_cuda_is_that_of_fewer_operations(monkeypatch: pytest.MonkeyPatch) -> None:
     """In bfloat16 PEFT's layers keep their inputs in 32 bits too."""
 

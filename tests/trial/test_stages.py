@@ -249,6 +249,7 @@ def test_every_knob_is_another_trial() -> None:
     assert len(trainings) == 1 + len(KNOBS)
 
 
+@pytest.mark.slow  # two plans; adapters of a 16-bit base are foreseen and trained below
 def test_weights_have_the_dtype_asked_for(compose: Compose) -> None:
     plain, narrow = (
         forecast.prediction(compose(f"model.dtype={dtype}", "targets=q")) for dtype in ("float32", "bfloat16")

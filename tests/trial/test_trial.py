@@ -100,7 +100,7 @@ def test_two_runs_agree_bit_for_bit(run_small: RunSmall) -> None:
 def test_a_base_score_kept_with_other_kernels_is_measured_anew(
     run_unwritten: RunSmall, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    words = ["train=none", "force=true"]
+    words = ["train=none", "force=true", "eval.perplexity.samples=2"]
     kept = []
     for kernels in ({"threads": 1, "cpu_capability": name} for name in ("AVX2", "AVX512")):
         monkeypatch.setattr(record, "kernels", lambda found=kernels: found)
