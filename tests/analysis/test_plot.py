@@ -162,12 +162,12 @@ def test_any_label_is_written_into_the_folder_and_old_figures_go() -> None:
     for file in ("rank_old.png", "mine.png"):
         (folder / file).write_bytes(b"")
     labels = ["<b>$x_1$</b>\n\\alpha", "метод", "方法", "x" * 300]
-    table = tables.trials({"choices.method": labels}, evaluations=["../../out", "a/b"])
+    table = tables.trials({"choices.method": labels}, evaluations=["../../a/b"])
     written = plot.study(table, tables.steps(table), folder)
     assert {file.name for file in folder.iterdir()} == {file.name for file in written} | {"mine.png"}
     assert {file.parent for file in written} == {folder}
     assert [file.name for file in Path().iterdir()] == ["study"]
-    assert any(file.name.endswith("_a-b.png") for file in written)
+    assert any(file.name.endswith("a-b.png") for file in written)
 
 
 @pytest.mark.usefixtures("figures_as_published")

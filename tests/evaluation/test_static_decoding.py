@@ -243,7 +243,8 @@ def test_a_static_cache_with_other_logits_in_one_row_is_given_up(used: Used, mon
 
 
 def test_a_step_that_computes_positions_in_python_is_given_up(used: Used, monkeypatch: pytest.MonkeyPatch) -> None:
-    writer, expected = adapted(), usually_written()
+    writer = adapted()
+    expected = usual(writer)  # after which it is given positions
 
     def in_python(module: Any, args: Any, given: dict[str, Any]) -> Any:
         return args, given | {"position_ids": torch.tensor(given["position_ids"].tolist())}
