@@ -40,6 +40,10 @@ UNTRAINED_END = (
     "the chat template marks the assistant's turns as generated ({% generation %}) without their end token: the model "
     "does not learn from the training where to stop"
 )
+TRAINED_PROMPT = (
+    "the chat template marks a part of its generation prompt as generated ({% generation %}): the loss counts that too"
+)
+HELD_MARK = "a turn of the rows holds the text '{}', which is read as that special token, as if the turn ended or began"
 
 
 class Rendered(NamedTuple):
@@ -90,14 +94,26 @@ def render(template: ChatTemplate, conversation: Conversation, turns: Turns, wri
         template.warn_once(NO_END)
     elif marked and end not in ids[first:last]:
         template.warn_once(UNTRAINED_END)
+    prompted = _up_to_last_turn(template, conversation)
+    if marked and text.startswith(prompted) and any(start < len(prompted) < stop for start, stop in spans):
+        template.warn_once(TRAINED_PROMPT)
+    held = [text for message in conversation.messages for text in _texts(message)]
+    for mark in {template.special[token] for token in ids if token in template.special}:
+        if any(mark in one for one in held):
+            template.warn_once(HELD_MARK.format(mark))
     return Rendered(
         ids,
         trained,
-        prompt=_up_to_last_turn(template, conversation),
+        prompt=prompted,
         last_turn=str(template.tokenizer.decode(ids[first:last], skip_special_tokens=True)).strip(),
         end=end,
         written=written,
     )
+
+
+def _texts(message: Message) -> list[str]:
+    """The content and the reasoning of a turn."""
+    return [content_text(message.get("content")), *(str(message[key]) for key in REASONING if message.get(key))]
 
 
 def _end(template: ChatTemplate, ids: Sequence[int], first: int, last: int) -> int | None:
@@ -199,14 +215,14 @@ def _check_written_out(template: ChatTemplate, conversation: Conversation, text:
         ValueError: a part of a message, a tool or the reasoning of the last turn is missing in ``text``.
     """
     messages = conversation.messages
-    shape: tuple[Any, ...] = (bool(conversation.tools),)
+    shape: tuple[Any, ...] = (bool(conversation.tools), *(key for key in REASONING if messages[-1].get(key)))
     shape += tuple((m["role"], bool(m.get("content")), len(m.get("tool_calls") or [])) for m in messages)
     shape += (json.dumps(conversation.variables, default=str),)
     for n, message in enumerate(messages):
         calls = message.get("tool_calls") or []
-        # The last line after any reasoning, which templates may leave out.
+        # The lines after any reasoning, which templates may leave out.
         visible = content_text(message.get("content")).rpartition("</think>")[2].strip()
-        pieces = {"content": visible.splitlines()[-1:], "tool call": [part for call in calls for part in _pieces(call)]}
+        pieces = {"content": visible.splitlines(), "tool call": [part for call in calls for part in _pieces(call)]}
         probes = {"content": [places.with_probe(message)], "tool call": _with_probed_names(message)}
         for part, wanted in pieces.items():
             written = all(_occurs(piece.strip(), text) for piece in wanted)
@@ -215,7 +231,11 @@ def _check_written_out(template: ChatTemplate, conversation: Conversation, text:
             if not written:
                 raise ValueError(f"the chat template does not write the {part} of turn {n + 1} ({message['role']})")
     thought = reasoning_text(messages[-1]).strip()
-    if thought and not _occurs(thought.splitlines()[-1].strip(), text):
+    written = all(_occurs(line.strip(), text) for line in thought.splitlines())
+    for key in (key for key in REASONING if thought and shape not in template.complete and messages[-1].get(key)):
+        # Its words may also stand elsewhere in the text.
+        written = written and _writes(template, conversation, len(messages) - 1, messages[-1] | {key: PROBE})
+    if not written:
         raise ValueError(
             f"the chat template does not write the reasoning of turn {len(messages)} (assistant), so it would not be "
             "trained on; give the tokenizer a chat template that writes it, or remove it from the row"

@@ -113,12 +113,15 @@ def _appended(template: ChatTemplate, tools: list[Any] | None) -> str:
     shared, end = _shared(ended, within), str(template.tokenizer.eos_token or PROBE)
     own, only_last = ended[:shared], ended[shared:]
     # The turn has ended already. A further mark that ends a text stands after a question too, but not before an answer.
-    if end not in own or only_last.strip() in ("", end):
+    if not _marks(template, own) or only_last.strip() in ("", end):
         return ""
     if not prompted.startswith(question) or not question.endswith(only_last):
         return ""
-    common = _shared(ended[::-1], question[::-1])
-    return ended[len(ended) - common :].removeprefix(end)  # questions and answers end with the same mark
+    common = len(ended) - _shared(ended[::-1], question[::-1])
+    # Questions and answers end with the same mark: EOS, or another one, if no mark stands before it.
+    if not ended.startswith(end, common):
+        end = "" if _marks(template, ended[:common]) else _mark_at(template, ended, common) or ""
+    return ended[common:].removeprefix(end)
 
 
 def _begin(template: ChatTemplate, conversation: Conversation, text: str, number: int) -> int:
@@ -146,6 +149,8 @@ def _begin(template: ChatTemplate, conversation: Conversation, text: str, number
         after_header = start.rfind(header) + len(header)
         if header in start and header.strip() and after_header <= _shared(text, start):
             return after_header
+        if text.startswith(closed) and (spaced := _after_words(text, len(closed), header)):
+            return spaced
     if closed is not None and text.startswith(closed) and (shared := _shared(text, prompted)) >= len(closed):
         cut_tag = OPEN_TAG.search(text, len(closed), shared)
         return cut_tag.start() if cut_tag else shared
@@ -168,6 +173,13 @@ def _prompt_end(template: ChatTemplate, conversation: Conversation, text: str, n
     except Exception:  # a template may refuse the probe
         return None
     return place + len(header) if header.strip() and text.startswith(header, place) else None
+
+
+def _after_words(text: str, place: int, words: str) -> int | None:
+    """Where ``words`` end that stand at a place of ``text`` with other white space; None if they do not."""
+    wanted = [re.escape(character) for character in words if not character.isspace()]
+    found = re.compile(r"\s*".join(["", *wanted])).match(text, place) if wanted else None
+    return found and found.end()
 
 
 def _as_plain_text(message: Message) -> Message:
@@ -266,6 +278,11 @@ def _header_mark(template: ChatTemplate, before: Conversation) -> str | None:
     if prompted is None or closed is None or not prompted.startswith(closed):
         return None
     return _mark_at(template, prompted, len(closed))
+
+
+def _marks(template: ChatTemplate, text: str) -> list[str]:
+    """The special tokens that stand in ``text``."""
+    return [mark for mark in template.special.values() if mark and mark in text]
 
 
 def _mark_at(template: ChatTemplate, text: str, place: int) -> str | None:

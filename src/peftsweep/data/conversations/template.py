@@ -22,6 +22,7 @@ Span = tuple[int, int]  # of characters, the end excluded
 GENERATION = re.compile(r"\{%-?\s*generation\s*-?%\}")  # as transformers searches for it
 PROBE = "\ue000\ue001"  # private characters, which no template strips, escapes or searches for
 ARGUMENTS = {"probe_key": "probe_value"}
+EMPTY: tuple[Message, ...] = ({"content": ""}, {})  # contents of a turn that only calls tools
 # In place of the present day, which some templates write, and by which the same trial would have other prompts on
 # another day. Llama 3's template writes this one where it is told no day.
 DAY = datetime(2024, 7, 26)
@@ -48,6 +49,13 @@ class ChatTemplate:
 
     def text(self, conversation: Conversation, *, begun: bool = False) -> str:
         """The conversation as text; with ``begun``, the generation prompt of the assistant follows."""
+        text = self._text(conversation, begun=begun)
+        if not begun or not conversation.messages:
+            return text
+        prompt = self._left_out_prompts.get(conversation.messages[-1]["role"], "")
+        return text if text.rstrip().endswith(prompt.rstrip()) else text + prompt
+
+    def _text(self, conversation: Conversation, *, begun: bool) -> str:
         return str(
             self.tokenizer.apply_chat_template(
                 conversation.messages,
@@ -95,9 +103,9 @@ class ChatTemplate:
             elif not self._takes_parts:
                 message["content"] = content_text(content)
         if calls := message.get("tool_calls"):
-            if message.get("content") is None and self._needs_content:
-                message["content"] = ""
             message["tool_calls"] = [self._readable_call(call) for call in calls]
+            if not message.get("content"):
+                message = self._with_empty_content(message)
         held = [key for key in REASONING if message.get(key)]
         if held and self.reasoning_keys and not any(key in self.reasoning_keys for key in held):
             message[self.reasoning_keys[0]] = message.pop(held[0])
@@ -107,11 +115,51 @@ class ChatTemplate:
         function = call.get("function", call)
         given = function.get("arguments")
         parsed = arguments_object(given) if isinstance(given, str) else given
-        if isinstance(given, str) and self._takes_objects and not self._takes_json:
+        if isinstance(given, str) and self._takes_objects and not self._writes_json_alike:
             function = function | {"arguments": parsed}
         elif isinstance(given, dict) and self._takes_json and not self._takes_objects:
             function = function | {"arguments": json.dumps(given, ensure_ascii=False)}
         return call | {"function": function} if "function" in call else function
+
+    def _with_empty_content(self, message: Message) -> Message:
+        """A turn that only calls tools, with its content empty or left out, whichever the template expects.
+
+        With the other one some templates leave out the call, refuse it, write the word None, or add an empty turn.
+        """
+        own = EMPTY[0] if "content" in message else EMPTY[1]
+        best = own if own in self._empty_contents else next(iter(self._empty_contents), own)
+        return {key: value for key, value in message.items() if key != "content"} | best
+
+    @cached_property
+    def _empty_contents(self) -> list[Message]:
+        """Those of ``EMPTY`` with which the template writes a call with the fewest special tokens and empty words."""
+        form = ARGUMENTS if self._takes_objects else json.dumps(ARGUMENTS)
+        faults = []
+        for content in EMPTY:
+            text = self._probe_arguments(form, content)
+            marks = sum(text.count(mark) for mark in self.special.values() if mark)
+            faults.append(marks + text.count(str(None)) if "probe_key" in text else None)
+        least = min((count for count in faults if count is not None), default=None)
+        return [content for content, count in zip(EMPTY, faults, strict=True) if count == least is not None]
+
+    @cached_property
+    def _left_out_prompts(self) -> dict[str, str]:
+        """By the role of the turn before: the generation prompt of a question, if an answer begins with it there too.
+
+        Some templates do not write it after an answer or after the result of a call.
+        """
+        question, answer = ({"role": role, "content": self._as_content(PROBE)} for role in ("user", "assistant"))
+        call = {"id": "probecall", "type": "function", "function": {"name": "probe", "arguments": ARGUMENTS}}
+        calling = self._readable({"role": "assistant", "content": "", "tool_calls": [call]})
+        result = {"role": "tool", "tool_call_id": "probecall", "name": "probe", "content": self._as_content("probe")}
+        closed, prompted = (self._probe([question], begun=begun) for begun in (False, True))
+        prompt = prompted.removeprefix(closed) if closed and prompted.startswith(closed) else ""
+        before = {"assistant": [question, answer], "tool": [question, calling, result]}
+        starts = {role: self._probe([*turns, answer]).rpartition(PROBE)[0] for role, turns in before.items()}
+        return {role: prompt for role, start in starts.items() if start.rstrip().endswith(prompt.strip() or PROBE)}
+
+    def _as_content(self, text: str) -> Any:
+        return [{"type": "text", "text": text}] if self._parts_only else text
 
     @cached_property
     def _takes_parts(self) -> bool:
@@ -126,7 +174,7 @@ class ChatTemplate:
     def reasoning_keys(self) -> tuple[str, ...]:
         """The keys of ``REASONING`` that the template writes in the last turn, beside content or a call."""
         call = {"id": "probecall", "type": "function", "function": {"name": "probe", "arguments": ARGUMENTS}}
-        probe: Any = [{"type": "text", "text": "probe"}] if self._parts_only else "probe"
+        probe = self._as_content("probe")
         ways: list[Message] = [{"content": probe}, {"content": "", "tool_calls": [self._readable_call(call)]}]
 
         def is_written(key: str) -> bool:
@@ -146,21 +194,17 @@ class ChatTemplate:
         return text in self._probe_arguments(text)
 
     @cached_property
-    def _needs_content(self) -> bool:
-        form = json.dumps(ARGUMENTS) if self._takes_json else ARGUMENTS
-        return not self._probe_arguments(form, content=None) and bool(self._probe_arguments(form))
+    def _writes_json_alike(self) -> bool:
+        return self._probe_arguments(json.dumps(ARGUMENTS)) == self._probe_arguments(ARGUMENTS)
 
-    def _probe_arguments(self, arguments: Any, *, content: str | None = "") -> str:
+    def _probe_arguments(self, arguments: Any, content: Message = EMPTY[0]) -> str:
         call = {"id": "probecall", "type": "function", "function": {"name": "probe", "arguments": arguments}}
-        user = [{"type": "text", "text": "probe"}] if self._parts_only else "probe"
-        answer: Message = {"role": "assistant", "tool_calls": [call]}
-        if content is not None:
-            answer["content"] = content
-        return self._probe([{"role": "user", "content": user}, answer])
+        question: Message = {"role": "user", "content": self._as_content("probe")}
+        return self._probe([question, {"role": "assistant", "tool_calls": [call]} | content])
 
-    def _probe(self, messages: list[Message]) -> str:
+    def _probe(self, messages: list[Message], *, begun: bool = False) -> str:
         try:
-            return self.text(Conversation(messages))
+            return self._text(Conversation(messages), begun=begun)
         except Exception:  # a template may raise anything: it does not accept this form
             return ""
 
