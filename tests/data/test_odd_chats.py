@@ -62,7 +62,7 @@ def test_json_text_of_arguments_is_an_object_for_a_template_that_writes_objects_
     both = (
         f"{{% if call.function.arguments is string %}}{{{{ call.function.arguments }}}}{{% else %}}{items}{{% endif %}}"
     )
-    text = [{"type": "function", "function": {"name": "add", "arguments": json.dumps({"a": 3})}}]
+    text: list[Row] = [{"type": "function", "function": {"name": "add", "arguments": json.dumps({"a": 3})}}]
     rows = [[*turns("a"), CALLED_ADD | {"tool_calls": calls}] for calls in (CALLED_ADD["tool_calls"], text)]
     assert [trained(TOOLS.replace(call, both), row) for row in rows] == [["<call>adda:<|3|></call><|im_end|>"]] * 2
     # Where both are written alike, the text of the row stays as it is.
@@ -137,3 +137,31 @@ def test_a_generation_prompt_that_the_template_marks_as_generated_is_named(caplo
     assert not caplog.text
     assert trained(whole, TALK[:2]) == ["<assistant>Three, then.</s>"]
     assert caplog.text.count("marks a part of its generation prompt as generated") == 1
+
+
+def test_content_that_the_template_writes_after_the_results_of_its_calls_is_refused() -> None:
+    """As of Gemma 4: the results would be trained on as a part of the turn."""
+    template = (
+        TOOLS.replace("{% if m.content %}{{ m.content }}{% endif %}", "")
+        .replace(
+            "<|im_end|>\n{% endfor %}{% if add",
+            "{% if m.tool_calls and m.content and not loop.last %}<res>{{ loop.nextitem.content }}</res>{% endif %}"
+            "{{ m.content }}<|im_end|>\n{% endfor %}{% if add",
+        )
+        .replace("{% for m in messages %}", "{% for m in messages if m.role != 'tool' or not messages[1].content %}")
+    )
+    called = [*turns("a"), CALLED_ADD | {"content": "b"}, RESULT, {"role": "assistant", "content": "c"}]
+    with pytest.raises(InputError, match="writes the content of turn 2 after the results of its calls"):
+        trained(template.replace("loop.nextitem.content", "messages[loop.index].content"), called)
+
+
+def test_reasoning_whose_place_is_unknown_is_refused() -> None:
+    """As of a template that writes a system turn before a generation prompt only, and reasoning as a turn."""
+    template = CHATML.replace(
+        "<|im_start|>{{ m.role }}",
+        "{% if m.thinking %}<|im_start|>self\n{{ m.thinking }}<|end|>{% endif %}<|im_start|>{{ m.role }}",
+    )
+    template = "{% if add_generation_prompt %}<|im_start|>system\nNow.<|im_end|>\n{% endif %}" + template
+    assert trained(template, turns("a", "b")) == ["b<|im_end|>"]
+    with pytest.raises(InputError, match="beginning and end of turn 2 cannot be found"):
+        trained(template, [*turns("a"), {"role": "assistant", "content": "b", "thinking": "so"}])

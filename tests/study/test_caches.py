@@ -454,6 +454,31 @@ def test_a_record_whose_turns_ended_or_began_at_another_place_is_run_again(
     assert mended.outdated(Result({"identity_rule": 8}, {}, config=config)) is None
 
 
+GIVEN = "{% set a = call.function.arguments %}{{ call.function.name }}{% if a is string %}{{ a }}{% else %}"
+ITEMS = "{% for k, v in a | items %}{{ k }}={{ v }}{% endfor %}{% endif %}"
+CALLS = CHATML.replace("<|im_end|>", "{% for call in m.tool_calls or [] %}" + GIVEN + ITEMS + "{% endfor %}<|im_end|>")
+
+
+@pytest.mark.parametrize(
+    ("template", "turn", "wrong"),
+    [
+        (CALLS, {"content": "b"}, False),
+        (CALLS, {"content": "", "tool_calls": CALLED}, True),
+        (CLOSED, {"content": "", "tool_calls": CALLED}, False),
+    ],
+)
+def test_a_record_whose_calls_were_in_another_form_is_run_again(
+    template: str, turn: dict[str, Any], wrong: bool, folder: Path
+) -> None:
+    (folder / "chat_template.jinja").write_text(template)
+    rows = folder.with_name("rows.jsonl")
+    rows.write_text(json.dumps({"messages": [USER_TURN, {"role": "assistant"} | turn]}))
+    dataset = {"path": str(rows), "reader": identity.CONVERSATIONS, "prompt": "{prompt}", "answer": "{answer}"}
+    config: dict[str, Any] = {"model": {"name_or_path": str(folder)}, "dataset": dataset | {"chat": True}}
+    assert bool(mended.outdated(Result({"identity_rule": 10}, {}, config=config))) == wrong
+    assert mended.outdated(Result({"identity_rule": 11}, {}, config=config)) is None
+
+
 @pytest.mark.parametrize(
     ("template", "column", "wrong"),
     [

@@ -182,6 +182,15 @@ def opens_after_calls(template: ChatTemplate) -> bool:
     return bool(text[start : text.find(answer)].strip())
 
 
+def writes_calls_otherwise(template: ChatTemplate) -> bool:
+    """Whether calls are tokenised otherwise than rows may hold them, or no generation prompt follows their results.
+
+    That is, JSON text of arguments or an empty content beside a call is no form that the template expects.
+    """
+    as_objects = template.takes_objects and not template.writes_json_alike
+    return as_objects or template.empty_contents == [{}] or "tool" in template.left_out_prompts
+
+
 def _up_to_last_turn(template: ChatTemplate, conversation: Conversation) -> str:
     return template.text(conversation._replace(messages=conversation.messages[:-1]), begun=True)
 

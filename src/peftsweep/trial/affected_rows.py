@@ -38,6 +38,11 @@ def reasons_under_other_keys(dataset: Values, evaluations: Iterable[Values], key
     return _has_turn(dataset, evaluations, does)
 
 
+def calls_tools(dataset: Values, evaluations: Iterable[Values]) -> bool:
+    """Whether a turn of the assistant calls a tool; rows and unknown rows as above."""
+    return _has_turn(dataset, evaluations, lambda message: bool(message.get("tool_calls")))
+
+
 def _has_turn(dataset: Values, evaluations: Iterable[Values], wanted: Callable[[chat.Message], bool]) -> bool:
     own = [node for node in evaluations if not any(node.get(key) for key in (*TEMPLATES, "reader"))]
     found = [_rows(dataset)]

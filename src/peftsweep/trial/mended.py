@@ -153,6 +153,13 @@ def _leaves_out_reasoning(config: Values, _: Values) -> bool:
     return affected_rows.reasons_under_other_keys(dataset, _evaluations(config), keys)
 
 
+def _calls_in_other_forms(config: Values, _: Values) -> bool:
+    dataset = _section(config, "dataset")
+    if not dataset.get("chat") or not _base(config).calls_otherwise:
+        return False
+    return affected_rows.calls_tools(dataset, _evaluations(config))
+
+
 def _trains_on_items_of_text(config: Values, _: Values) -> bool:
     dataset = _section(config, "dataset")
     return affected_rows.takes_items_of_text(dataset, dataset)
@@ -351,6 +358,7 @@ MENDED = (
         "method.layers_to_transform and exclude_modules did not hold for parameters, such as experts: those of all "
         "layers were adapted",
     ),
+    Mended(11, _calls_in_other_forms, "tool calls were trained on in another form than the chat template expects"),
 )
 
 
@@ -376,6 +384,7 @@ class _Base:
     writes_beside_turns: bool = False  # its chat template, after the last one
     opens_after_calls: bool = False  # its chat template, the answer, beyond the generation prompt
     reasoning_keys: tuple[str, ...] = ()  # that its chat template writes
+    calls_otherwise: bool = False  # its chat template, than rows may hold them
     plain_end: bool = False  # it ends a text with a token that its tokenizer writes as text
 
 
@@ -427,6 +436,7 @@ def _read(base: ModelConfig) -> _Base:
         generation_prompt_differs=template is not None and chat.generation_prompt_differs(template),
         writes_beside_turns=template is not None and chat.writes_beside_turns(template),
         opens_after_calls=template is not None and chat.opens_after_calls(template),
+        calls_otherwise=template is not None and chat.writes_calls_otherwise(template),
         reasoning_keys=()
         if template is None or set(template.reasoning_keys) == {*chat.REASONING}
         else template.reasoning_keys,

@@ -6,7 +6,7 @@ import re
 from typing import Any
 
 from peftsweep.data.conversations.template import PROBE, ChatTemplate, Span
-from peftsweep.data.conversations.turns import REASONING, Conversation, Message, is_trained
+from peftsweep.data.conversations.turns import REASONING, Conversation, Message, is_trained, reasoning_text
 
 ANOTHER_PROMPT = (
     "the chat template's generation prompt differs from the beginning of a written turn of the assistant (as with "
@@ -34,8 +34,29 @@ def of_turns(template: ChatTemplate, conversation: Conversation, text: str, *, o
             end = start + len(stripped)  # the white space after an end mark is the template's, not the assistant's
         if not (found[-1][1] if found else 0) <= start < end:
             raise ValueError(_unknown(number))
+        _check_before_results(template, conversation, text, number, end)
         found.append((start, end))
     return found
+
+
+def _check_before_results(template: ChatTemplate, conversation: Conversation, text: str, number: int, end: int) -> None:
+    """Check that a turn with content and calls ends before the results of its calls, which are not trained on.
+
+    Raises:
+        ValueError: the template writes its content after the results, as that of Gemma 4 does.
+    """
+    message, after = conversation.messages[number], conversation.messages[number + 1 : number + 2]
+    if not message.get("content") or not message.get("tool_calls") or not after or after[0]["role"] == "assistant":
+        return
+    try:
+        place, _ = _content_place(template, conversation, text, number + 1)
+    except Exception:  # a template may refuse the probe
+        return
+    if place < end:
+        raise ValueError(
+            f"the chat template writes the content of turn {number + 1} after the results of its calls, which would be "
+            "trained on; remove its content, or make it a turn of its own after the results"
+        )
 
 
 def trained_parts(template: ChatTemplate, conversation: Conversation, text: str, spans: list[Span]) -> list[Span]:
@@ -154,8 +175,9 @@ def _begin(template: ChatTemplate, conversation: Conversation, text: str, number
     if closed is not None and text.startswith(closed) and (shared := _shared(text, prompted)) >= len(closed):
         cut_tag = OPEN_TAG.search(text, len(closed), shared)
         return cut_tag.start() if cut_tag else shared
-    if not conversation.messages[number].get("content"):
-        raise ValueError(_unknown(number))
+    thought = reasoning_text(conversation.messages[number]).strip()
+    if not conversation.messages[number].get("content") or (thought and thought in text):
+        raise ValueError(_unknown(number))  # the reasoning would be written, and not trained on
     return _content_place(template, conversation, text, number)[0]
 
 
@@ -179,7 +201,7 @@ def _after_words(text: str, place: int, words: str) -> int | None:
     """Where ``words`` end that stand at a place of ``text`` with other white space; None if they do not."""
     wanted = [re.escape(character) for character in words if not character.isspace()]
     found = re.compile(r"\s*".join(["", *wanted])).match(text, place) if wanted else None
-    return found and found.end()
+    return found and found.end() + _shared(text[found.end() :], words[len(words.rstrip()) :])
 
 
 def _as_plain_text(message: Message) -> Message:

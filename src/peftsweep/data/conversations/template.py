@@ -52,8 +52,7 @@ class ChatTemplate:
         text = self._text(conversation, begun=begun)
         if not begun or not conversation.messages:
             return text
-        prompt = self._left_out_prompts.get(conversation.messages[-1]["role"], "")
-        return text if text.rstrip().endswith(prompt.rstrip()) else text + prompt
+        return text + self.left_out_prompts.get(conversation.messages[-1]["role"], "")
 
     def _text(self, conversation: Conversation, *, begun: bool) -> str:
         return str(
@@ -115,9 +114,9 @@ class ChatTemplate:
         function = call.get("function", call)
         given = function.get("arguments")
         parsed = arguments_object(given) if isinstance(given, str) else given
-        if isinstance(given, str) and self._takes_objects and not self._writes_json_alike:
+        if isinstance(given, str) and self.takes_objects and not self.writes_json_alike:
             function = function | {"arguments": parsed}
-        elif isinstance(given, dict) and self._takes_json and not self._takes_objects:
+        elif isinstance(given, dict) and self._takes_json and not self.takes_objects:
             function = function | {"arguments": json.dumps(given, ensure_ascii=False)}
         return call | {"function": function} if "function" in call else function
 
@@ -127,13 +126,13 @@ class ChatTemplate:
         With the other one some templates leave out the call, refuse it, write the word None, or add an empty turn.
         """
         own = EMPTY[0] if "content" in message else EMPTY[1]
-        best = own if own in self._empty_contents else next(iter(self._empty_contents), own)
+        best = own if own in self.empty_contents else next(iter(self.empty_contents), own)
         return {key: value for key, value in message.items() if key != "content"} | best
 
     @cached_property
-    def _empty_contents(self) -> list[Message]:
+    def empty_contents(self) -> list[Message]:
         """Those of ``EMPTY`` with which the template writes a call with the fewest special tokens and empty words."""
-        form = ARGUMENTS if self._takes_objects else json.dumps(ARGUMENTS)
+        form = ARGUMENTS if self.takes_objects else json.dumps(ARGUMENTS)
         faults = []
         for content in EMPTY:
             text = self._probe_arguments(form, content)
@@ -143,7 +142,7 @@ class ChatTemplate:
         return [content for content, count in zip(EMPTY, faults, strict=True) if count == least is not None]
 
     @cached_property
-    def _left_out_prompts(self) -> dict[str, str]:
+    def left_out_prompts(self) -> dict[str, str]:
         """By the role of the turn before: the generation prompt of a question, if an answer begins with it there too.
 
         Some templates do not write it after an answer or after the result of a call.
@@ -155,8 +154,12 @@ class ChatTemplate:
         closed, prompted = (self._probe([question], begun=begun) for begun in (False, True))
         prompt = prompted.removeprefix(closed) if closed and prompted.startswith(closed) else ""
         before = {"assistant": [question, answer], "tool": [question, calling, result]}
-        starts = {role: self._probe([*turns, answer]).rpartition(PROBE)[0] for role, turns in before.items()}
-        return {role: prompt for role, start in starts.items() if start.rstrip().endswith(prompt.strip() or PROBE)}
+
+        def is_left_out(turns: list[Message]) -> bool:
+            begins = self._probe([*turns, answer]).rpartition(PROBE)[0].rstrip().endswith(prompt.rstrip())
+            return begins and not self._probe(turns, begun=True).endswith(prompt)
+
+        return {role: prompt for role, turns in before.items() if prompt.strip() and is_left_out(turns)}
 
     def _as_content(self, text: str) -> Any:
         return [{"type": "text", "text": text}] if self._parts_only else text
@@ -184,7 +187,7 @@ class ChatTemplate:
         return tuple(filter(is_written, REASONING))
 
     @cached_property
-    def _takes_objects(self) -> bool:
+    def takes_objects(self) -> bool:
         text = self._probe_arguments(ARGUMENTS)
         return "probe_key" in text and str(ARGUMENTS) not in text
 
@@ -194,7 +197,7 @@ class ChatTemplate:
         return text in self._probe_arguments(text)
 
     @cached_property
-    def _writes_json_alike(self) -> bool:
+    def writes_json_alike(self) -> bool:
         return self._probe_arguments(json.dumps(ARGUMENTS)) == self._probe_arguments(ARGUMENTS)
 
     def _probe_arguments(self, arguments: Any, content: Message = EMPTY[0]) -> str:
