@@ -152,6 +152,7 @@ def quoted(rows: list[dict[str, str]], delimiter: str = ",", end: str = "\r\n") 
         ("separator.csv", ("sep=;\r\n" + quoted(CELLS, ";")).encode()),
         ("blank_first.csv", ("\n" + quoted(CELLS, ";")).encode()),
         ("UNICODE.CSV", quoted(CELLS).encode("utf-16")),
+        ("utf32.csv", quoted(CELLS).encode("utf-32")),
         ("big_endian.csv", b"\xfe\xff" + quoted(CELLS).encode("utf-16-be")),
         ("packed.csv.gz", gzip.compress(quoted(CELLS).encode(), mtime=0)),
         ("index.csv", pd.DataFrame(CELLS).to_csv().encode()),

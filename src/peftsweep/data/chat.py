@@ -185,9 +185,9 @@ def opens_after_calls(template: ChatTemplate) -> bool:
 def writes_calls_otherwise(template: ChatTemplate) -> bool:
     """Whether calls are tokenised otherwise than rows may hold them, or no generation prompt follows their results.
 
-    That is, JSON text of arguments or an empty content beside a call is no form that the template expects.
+    That is, the template writes JSON text of arguments or an empty content beside a call, but expects another form.
     """
-    as_objects = template.takes_objects and not template.writes_json_alike
+    as_objects = template.takes_json and template.takes_objects and not template.writes_json_alike
     return as_objects or template.empty_contents == [{}] or "tool" in template.left_out_prompts
 
 

@@ -40,7 +40,13 @@ SHORT_FLOATS = {"float": "float32", "halffloat": "float16", "float32": "float32"
 GZIP = b"\x1f\x8b"  # the first bytes of a gzip file
 FIRST_LINE = re.compile(r"\S[^\r\n]*")  # that is not empty
 SEPARATORS = {",": "commas", ";": "semicolons", "\t": "tabs", "|": "bars"}  # of columns in .csv
-BYTE_ORDER_MARKS = {codecs.BOM_UTF8: "utf-8-sig", codecs.BOM_UTF16_LE: "utf-16", codecs.BOM_UTF16_BE: "utf-16"}
+BYTE_ORDER_MARKS = {  # that of UTF-32 begins with one of UTF-16
+    codecs.BOM_UTF32_LE: "utf-32",
+    codecs.BOM_UTF32_BE: "utf-32",
+    codecs.BOM_UTF8: "utf-8-sig",
+    codecs.BOM_UTF16_LE: "utf-16",
+    codecs.BOM_UTF16_BE: "utf-16",
+}
 
 csv.field_size_limit(2**31 - 1)  # the default ends a field at 128 KiB
 

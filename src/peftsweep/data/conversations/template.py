@@ -116,7 +116,7 @@ class ChatTemplate:
         parsed = arguments_object(given) if isinstance(given, str) else given
         if isinstance(given, str) and self.takes_objects and not self.writes_json_alike:
             function = function | {"arguments": parsed}
-        elif isinstance(given, dict) and self._takes_json and not self.takes_objects:
+        elif isinstance(given, dict) and self.takes_json and not self.takes_objects:
             function = function | {"arguments": json.dumps(given, ensure_ascii=False)}
         return call | {"function": function} if "function" in call else function
 
@@ -192,7 +192,7 @@ class ChatTemplate:
         return "probe_key" in text and str(ARGUMENTS) not in text
 
     @cached_property
-    def _takes_json(self) -> bool:
+    def takes_json(self) -> bool:
         text = json.dumps(ARGUMENTS)
         return text in self._probe_arguments(text)
 
