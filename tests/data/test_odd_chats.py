@@ -9,6 +9,7 @@ import pytest
 
 from peftsweep import InputError
 from peftsweep.data import tokens as data_tokens
+from peftsweep.data.conversations import reader
 from tests.data.test_chat import BEGUN, CALLED_ADD, CHATML, GENERATION, INSTRUCTED, TALK, TOOLS, read, tokens, turns
 from tests.data.test_chat import tokenizer as made_of
 from tests.data.test_chat import trained as trained_of
@@ -165,3 +166,13 @@ def test_reasoning_whose_place_is_unknown_is_refused() -> None:
     assert trained(template, turns("a", "b")) == ["b<|im_end|>"]
     with pytest.raises(InputError, match="beginning and end of turn 2 cannot be found"):
         trained(template, [*turns("a"), {"role": "assistant", "content": "b", "thinking": "so"}])
+
+
+def test_parts_of_text_without_a_type_are_text() -> None:
+    """As in files for Amazon Bedrock: they were trained on as JSON."""
+    parts = [turn | {"content": [{"text": turn["content"]}]} for turn in TALK]
+    made = made_of(CHATML)
+    assert tokens(made, {"messages": parts}).ids == tokens(made, {"messages": TALK}).ids
+    assert [reader.version({"messages": messages}) for messages in (TALK, parts)] == [1, 5]
+    with pytest.raises(InputError, match="is not text"):
+        tokens(made, {"messages": [{"role": "user", "content": [{"text": 3}]}, TALK[1]]})

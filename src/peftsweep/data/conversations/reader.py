@@ -97,6 +97,8 @@ def version(row: Row) -> int:
         turns = _turns(row)
         calls = [call for turn in turns for call in _listed(turn.get("tool_calls") or [], "tool_calls")]
         tools = _listed(row.get("tools") or [], "tools")
+        if any(_is_untyped(turn.get("content")) for turn in turns):
+            return 5
         if _variables(row):
             return 4
         if any(turn.get(key) in (False, 0) for turn in turns for key in UNTRAINED_KEYS if turn.get(key) is not None):
@@ -268,6 +270,8 @@ def _content(content: Any, role: str) -> Any:
         return content
     if isinstance(content, dict) and content.get("type") == "text":
         content = [content]
+    if _is_untyped(content):
+        content = [{"type": "text"} | part for part in content]
     if isinstance(content, list) and any(isinstance(part, str) for part in content) and role not in TOOL_ROLES:
         raise ValueError("its content is a list of texts; must be a text, or parts of type text")
     if isinstance(content, list) and all(isinstance(part, dict) and "type" in part for part in content):
@@ -275,6 +279,12 @@ def _content(content: Any, role: str) -> Any:
             raise ValueError(f"a part of type '{other[0]}' is not text")
         return content
     return json.dumps(content, ensure_ascii=False)
+
+
+def _is_untyped(content: Any) -> bool:
+    """Whether content is a list of parts ``{"text": ...}``, as in files for Amazon Bedrock."""
+    parts = content if isinstance(content, list) else []
+    return bool(parts) and all(isinstance(part, dict) and part.keys() == {"text"} for part in parts)
 
 
 def _former_calls(given: Any) -> list[Any] | None:
