@@ -48,6 +48,32 @@ def is_claimed(scratch: Path) -> str | None:
         return str(claimed)
 
 
+def test_a_claim_that_is_gone_is_no_more_this_process_s(scratch: Path) -> None:
+    """Another process took the trial over, ended it and let its claim go; or the study was moved."""
+    with claims.claim(scratch, TRIAL):
+        claims.check_claim(scratch, TRIAL)
+        (scratch / ".claims" / f"{TRIAL}.json").unlink()
+        with pytest.raises(claims.Claimed, match="another process took it"):
+            claims.check_claim(scratch, TRIAL)
+
+
+@pytest.mark.parametrize("error", [errno.EACCES, errno.ESTALE])
+def test_a_claim_that_cannot_be_read_is_held(
+    error: int, other: Callable[..., Path], scratch: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As one of another user, or on a network file system that fails for a moment."""
+
+    def refused(file: Path) -> bytes:
+        raise OSError(error, os.strerror(error), str(file))
+
+    with claims.claim(scratch, "mine"), monkeypatch.context() as patch:
+        other()
+        patch.setattr(Path, "read_bytes", refused)
+        assert claims.claimed(scratch, TRIAL) is claims.Claim.held
+        assert "run by another process" in (is_claimed(scratch) or "")
+        claims.check_claim(scratch, "mine")
+
+
 @pytest.mark.parametrize("where", [{"namespace": "pid:[1]"}, {"boot": "another"}, {"host": "another"}])
 def test_a_process_number_says_nothing_of_another_container_or_machine(
     where: dict[str, str], other: Callable[..., Path], scratch: Path
@@ -141,7 +167,7 @@ def test_a_holder_that_was_still_for_too_long_writes_nothing_more(
         file.write_text(json.dumps(owner.me() | {"token": "another's"}))
 
     monkeypatch.setattr("peftsweep.trial.session.log_step", stolen)
-    with pytest.raises(claims.Claimed, match="another process has taken it"):
+    with pytest.raises(claims.Claimed, match="another process took it"):
         run_unwritten("train.log_every=1")
     (steps,) = Path("multirun/default").glob("*/steps.jsonl")
     assert len(record.read_lines(steps)) == 1

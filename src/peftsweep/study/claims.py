@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import json
 import os
 import threading
 import time
@@ -16,11 +17,7 @@ from typing import Any
 from filelock import FileLock
 
 from peftsweep.study import atomic, owner
-from peftsweep.study.record import (
-    RESULT,
-    read_json,
-    write_json,
-)
+from peftsweep.study.record import RESULT, write_json
 from peftsweep.study.store import trial_folder
 
 HEARTBEAT_SECONDS = 15.0  # seconds between two heartbeats of a running trial
@@ -90,11 +87,11 @@ def check_claim(study: Path, identity: str) -> None:
     """Check the claim of this process before it writes files of a trial.
 
     Raises:
-        Claimed: the claim expired while this process was suspended, and another process has the trial.
+        Claimed: the claim expired while this process was suspended, and another process has, or had, the trial.
     """
     token = _tokens.get(identity)
     if token and not _is_mine(_claim(study, identity), token):
-        raise Claimed("another process has taken it, because this one sent no heartbeat for too long")
+        raise Claimed("another process took it, as this one sent no heartbeat for too long, or its study was moved")
 
 
 def running(study: Path) -> list[str]:
@@ -103,7 +100,7 @@ def running(study: Path) -> list[str]:
     for file in sorted((study / ".claims").glob("*.json")):
         if _holder(file):
             with suppress(OSError, ValueError):  # it has ended meanwhile
-                holder = read_json(file)
+                holder = _content(file)
                 name = trial_folder(study, "trial", file.stem).name
                 found.append(f"{name} on {holder['host']}, process {holder['pid']}")
     return found
@@ -116,6 +113,16 @@ def cut_off(study: Path) -> list[Path]:
     held = {file.stem for file in claims.glob("*.json") if _holder(file)}
     left = [place for place in begun if not (place / RESULT).exists() and place.name.rpartition("-")[2] not in held]
     return sorted(left)
+
+
+def _content(file: Path) -> Any:
+    """What a claim says.
+
+    Raises:
+        OSError: it is gone, or cannot be read, which are told apart: only a claim that is gone is nobody's.
+        ValueError: it is damaged.
+    """
+    return json.loads(file.read_bytes())
 
 
 def _claim(study: Path, identity: str) -> Path:
@@ -146,7 +153,7 @@ def deciding(file: Path) -> Iterator[None]:
 def _is_mine(file: Path, token: str) -> bool:
     """Whether the claim still holds ``token``, which this process wrote."""
     try:
-        return bool(read_json(file)["token"] == token)
+        return bool(_content(file)["token"] == token)
     except (FileNotFoundError, NotADirectoryError, KeyError, TypeError):
         return False
     except (OSError, ValueError):  # it cannot be read at the moment
@@ -156,7 +163,7 @@ def _is_mine(file: Path, token: str) -> bool:
 def _holder(file: Path) -> str | None:
     """The process that runs, or may run, the trial of this claim, in words; None if there is none."""
     try:
-        holder = read_json(file)
+        holder = _content(file)
         alive = owner.alive(holder)
         text = f"run by process {holder['pid']} on {holder['host']}"
     except (FileNotFoundError, NotADirectoryError, ValueError, KeyError, TypeError, AttributeError):
