@@ -402,6 +402,16 @@ def test_names_are_swept_and_the_templates_are_printed_once(
     assert err.count("b.jsonl: columns text, n: plain text") == 1
 
 
+def test_a_template_that_the_task_of_the_model_chooses_is_printed_as_text(
+    command: Callable[..., tuple[int, str, str]],
+) -> None:
+    write("reviews.jsonl", [{"sentence": f"film {n} .", "label": n % 2} for n in range(30)])
+    code, _, err = command("dataset=reviews.jsonl", "dry_run=true")
+    assert code == 0, err
+    assert "negative?\\nAnswer:' (of a classifier '{sentence}') dataset.answer=' {label}'" in err
+    assert "${" not in err
+
+
 def test_a_thousand_points_take_little_time() -> None:
     write("rows.jsonl", PAIRS)
     begun = time.process_time()

@@ -16,6 +16,7 @@ from typing import Any, NamedTuple
 
 import yaml
 from hydra.core.override_parser.types import ChoiceSweep, Override, QuotedString
+from omegaconf import OmegaConf
 
 from peftsweep.command_line import parsed
 from peftsweep.data import files, hub, layouts
@@ -380,6 +381,16 @@ def _hub_dataset(name: str, given: Mapping[str, str], conf: Path) -> Meaning:
     return _recognised(name, rows, where, given, conf)
 
 
+def _prompt(template: str | None) -> str:
+    """A template as a person reads it: where it is chosen by the model's task, that of each."""
+    by_task = {
+        task: str(OmegaConf.create({"model": {"task": task.value}, "prompt": template})["prompt"]) for task in Task
+    }
+    shown = f"'{by_task[Task.causal_lm]}'"
+    of_classifier = by_task[Task.seq_cls]
+    return shown if of_classifier == by_task[Task.causal_lm] else f"{shown} (of a classifier '{of_classifier}')"
+
+
 def _recognised(
     name: str, rows: Sequence[files.Row], where: Mapping[str, Any], given: Mapping[str, str], conf: Path
 ) -> Meaning:
@@ -411,7 +422,7 @@ def _recognised(
         evaluations = next(one["override /eval"] for one in node["defaults"] if "override /eval" in one)
     longer = {"dataset": layout.option, **where, **{f"dataset.{key}": value for key, value in keys.items()}}
     remark = f"dataset={name}: columns {listed}: " + KINDS.get(
-        layout.option, f"dataset.prompt='{keys.get('prompt')}' dataset.answer='{keys.get('answer')}'"
+        layout.option, f"dataset.prompt={_prompt(keys.get('prompt'))} dataset.answer='{keys.get('answer')}'"
     )
     if evaluations not in ([], ["perplexity"]):
         remark += f"; dataset={layout.named} dataset.path=FILE is evaluated by {', '.join(evaluations)} as well"

@@ -360,7 +360,7 @@ def test_a_test_file_is_used_whole() -> None:
 
 
 def test_too_few_rows_to_part_say_so() -> None:
-    with pytest.raises(InputError, match=r"dataset.train_fraction=0.9: splits 1 rows"):
+    with pytest.raises(InputError, match=r"dataset.train_fraction=0.9: leaves 1 of 1 to train and 0 to test on"):
         data_rows.load_rows(local(path=str(write(ROWS[:1], "rows.jsonl"))))
 
 

@@ -183,8 +183,8 @@ def test_a_4_bit_base_says_how_many_of_its_weights_are_really_4_bit() -> None:
 
 def test_the_plan_and_the_record_say_what_is_covered(command: Any) -> None:
     words = ("targets=q", "train.steps=1", "dataset.samples=8", "eval=[perplexity]", "eval.perplexity.samples=2")
-    _, out, _ = command(*words, "quant=4bit", "dry_run=true")
-    assert "adapts 7.1% of the weights: q; not mlp (64% of them)" in out
+    _, out, _ = command(*words, "quant=4bit", "seed=0,1,2", "dry_run=true")
+    assert "seed=0 and 2 more: adapts 7.1% of the weights: q; not mlp (64% of them)" in out
     assert "92.5% of the base are stored in 4 bits" in out
     command(*words, "quant=4bit")
     (result,) = records().values()

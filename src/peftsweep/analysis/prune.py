@@ -34,7 +34,7 @@ def main(names: Sequence[str], keep_best: int, *, confirmed: bool) -> int:
                 shutil.rmtree(one.folder)
         total = size(sum(one.bytes for one in found))
         how = "" if confirmed or not found else "; --prune --yes removes it"
-        print(f"{folder}: {total} in {len(found)} folders{how}; records and predictions stay")
+        print(f"{folder}: {total} in {len(found)} folder{'s' * (len(found) != 1)}{how}; records and predictions stay")
     return 0
 
 

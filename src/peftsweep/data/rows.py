@@ -273,8 +273,8 @@ def _train_and_test(dataset: DatasetConfig) -> tuple[list[Row], list[Row], int]:
     cut = round(len(order) * dataset.train_fraction)
     if not 0 < cut < len(order):
         raise InputError(
-            f"dataset.train_fraction={dataset.train_fraction}: splits {len(order)} rows into {cut} training and "
-            f"{len(order) - cut} test rows; both need at least one (or give dataset.test_path)"
+            f"dataset.train_fraction={dataset.train_fraction}: leaves {cut} of {len(order)} to train and "
+            f"{len(order) - cut} to test on; both need a row (or give dataset.test_path)"
         )
     return order[:cut], order[cut:], missing
 

@@ -314,7 +314,8 @@ def _dry_run(trials: Sequence[Trial], options: Options, launch: Launch | None) -
                 print(_plan_line(row, width))
         for line in dict.fromkeys(row["coverage"] for row in rows if row["coverage"]):
             same = [row["name"] for row in rows if row["coverage"] == line]
-            print(f"{', '.join(same)}: {line}")
+            others = f" and {len(same) - 1} more" if len(same) > 1 else ""  # names hold commas, and are many
+            print(f"{same[0]}{others}: {line}")
         print(_disk_line(rows))
         new_ones = {one.identity: one for one, row in zip(trials, rows, strict=True) if _to_run(row)}
         jobs = [[one] for one in new_ones.values()]
