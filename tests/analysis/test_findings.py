@@ -462,7 +462,7 @@ def test_a_step_of_ranks_says_from_what_to_what_and_what_is_better(tmp_path: Pat
     assert "plus being" not in text
 
 
-@pytest.mark.parametrize(("bound", "advised"), [(0.05, False), (0.3, True), (0.0, False)])
+@pytest.mark.parametrize(("bound", "advised"), [(0.22, False), (0.3, True), (0.0, False)])
 def test_speed_goes_before_quality_only_within_a_bound_that_is_told(
     bound: float, advised: bool, tmp_path: Path
 ) -> None:
