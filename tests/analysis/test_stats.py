@@ -698,6 +698,12 @@ def test_the_front_is_what_a_comparison_of_all_pairs_finds() -> None:
     assert frontier.front(values).tolist() == (~(as_good & better).any(axis=0)).tolist()
 
 
+def test_equal_costs_dominate_in_each_draw_as_they_do_on_the_front() -> None:
+    drawn = np.random.default_rng(0).integers(0, 4, (50, 20, 2)).astype(float)
+    expected = np.sum([frontier.front(one) for one in drawn], axis=0)
+    assert frontier._times_on_front(drawn).tolist() == expected.tolist()
+
+
 def test_a_front_tells_how_sure_it_is() -> None:
     table = study({8: [0.5, 0.51, 0.49], 16: [0.9, 0.91, 0.89], 32: [0.9, 0.93, 0.87]})
     found = frontier.pareto(table, stats.configurations(table), [ACCURACY, "train_info.adapter_bytes"])
@@ -727,6 +733,10 @@ def test_rank_correlation_is_scipys_and_covers_the_truth() -> None:
         found = rungs.rank_correlation(x.tolist(), y.tolist())
         covered += found.low <= true <= found.high
     assert found.rho == pytest.approx(reference.spearmanr(x, y).statistic)
+    strong = rungs.rank_correlation([*range(9), 10, 9], [1, 0, *range(2, 11)])  # 1 - 6 * 4 / (11 * 120)
+    half = 1.959964 * math.sqrt((1 + strong.rho**2 / 2) / 8)  # by Bonett and Wright, with 11 points
+    assert strong.rho == pytest.approx(1 - 24 / 1320)
+    assert (math.atanh(strong.high) - math.atanh(strong.low)) / 2 == pytest.approx(half)
     assert 930 <= covered <= 970
     assert math.isnan(rungs.rank_correlation([1.0, 1.0], [1.0, 2.0]).rho)
 

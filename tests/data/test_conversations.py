@@ -146,7 +146,8 @@ def test_a_turn_with_the_weight_0_is_not_trained_on(template: str) -> None:
 @pytest.mark.parametrize("no", [False, 0])
 def test_false_under_any_name_of_the_weight_leaves_a_turn_out_of_the_training(key: str, no: Any) -> None:
     made = tokenizer(CHATML)
-    row = {"messages": [USER, REPLY | {key: no}, USER, REPLY | {"content": "Eight.", key: True}]}
+    other = {"loss" if key == "train" else "train": True}  # false under one name is enough
+    row = {"messages": [USER, REPLY | {key: no} | other, USER, REPLY | {"content": "Eight.", key: True}]}
     assert trained(made, tokens(made, row)) == ["Eight.<|im_end|>"]
 
 

@@ -434,6 +434,12 @@ def test_marks_of_the_tokenizer_stand_before_the_prompt_and_never_between_it_and
     assert short == prompt_ids[:kept] + prompt_ids[kept - 4 :]
     assert tokenizer.decode(cut.ids[:kept]) == begin
     assert tokenizer.decode(cut.ids[cut.answer_start :]) == " yes"
+    assert cut.lost_prompt > 0 == cut.lost_answer
+    (long,) = tokens.tokenize_pairs(tokenizer, [("Is it so?", " yes" * 9)], 6)  # keeps the mark and the end
+    whole = tokenizer("Is it so?" + " yes" * 9, add_special_tokens=False).input_ids
+    assert long.ids[kept:] == whole[kept - 6 :]
+    assert long.lost_prompt == len(tokenizer("Is it so?", add_special_tokens=False).input_ids)
+    assert long.lost_prompt + long.lost_answer == kept + len(whole) - 6
 
 
 def test_an_empty_prompt_is_gone_on_from_by_the_mark_before_a_text() -> None:

@@ -13,6 +13,7 @@ import pytest
 from numpy.typing import NDArray
 from scipy.special import ndtr, ndtri
 
+from peftsweep.analysis.statistics import comparisons
 from peftsweep.analysis.statistics.trials import ALPHA
 from peftsweep.study.record import Result
 from peftsweep.tuning import decision, finals
@@ -115,6 +116,14 @@ def test_a_league_ranks_counts_the_placebos_wins_and_asks_for_seeds() -> None:
     assert (found.wins, found.placebo_better) == (wins, False)
     assert finals.league(COLUMN, known, "lora", "lora (placebo)", 0.001).seeds is None
     assert (found.seeds or 0) > (finals.league(COLUMN, known, "lora", "lora (placebo)", 0.2).seeds or 0) >= 2
+
+
+def test_the_seeds_that_a_league_asks_for_are_those_of_the_normal_sample_size() -> None:
+    values = {seed: Judged(f"t{seed}", 0.68 + 0.02 * seed, None, None, []) for seed in range(3)}
+    known = comparisons.tested(finals.table(COLUMN, {"lora": values, "dora": values}), COLUMN)
+    assert known
+    normal = 2 * 0.02**2 * (1.959964 + 0.841621) ** 2 / 0.01**2  # 62.8; Student's t asks for a few more
+    assert normal < (finals.seeds_needed(known, 0.01) or 0) < normal + 4
 
 
 # ---- by simulation ---------------------------------------------------------------------------------

@@ -30,7 +30,7 @@ def _amount(value: float, column: Column) -> str:
     if column.unit == "bytes":
         return size(value)
     if column.unit == "seconds":
-        return seconds(value)
+        return words.seconds(value)
     if column.unit == "share":
         return f"{value:.1%}"
     if column.unit == "change":
@@ -38,19 +38,6 @@ def _amount(value: float, column: Column) -> str:
     if column.unit == "count":
         return f"{value:,.0f}" if float(value).is_integer() or abs(value) >= 1000 else f"{value:.4g}"
     return words.number(value)
-
-
-def seconds(value: float) -> str:
-    """Seconds in the unit that suits them."""
-    if value == 0:
-        return "0 s"
-    if value < 1e-3:
-        return f"{value * 1e6:.3g} µs"
-    if value < 1:
-        return f"{value * 1e3:.3g} ms"
-    return (
-        f"{value:,.1f} s" if value < 1000 else f"{value / 60:,.0f} min" if value < 36_000 else f"{value / 3600:,.1f} h"
-    )
 
 
 # ---- Markdown ----------------------------------------------------------------------------------------

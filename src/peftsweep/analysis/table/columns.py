@@ -60,6 +60,7 @@ HOST_MEMORY = Cost("memory.train.rss_peak", "training memory, host", "bytes")
 TRAINING_TIME = Cost("train_info.train_seconds", "training time", "seconds")
 ADAPTER = Cost("train_info.adapter_bytes", "adapter on disk", "bytes")
 TRAINABLE = Cost("train_info.trainable_parameters", "trainable parameters")
+LATENCY = Cost("generation_info.overall.adapted.seconds_p50", "generation of a text, median", "seconds")
 PREDICTED, PREDICTION_ERROR = "memory.predicted.peak_bytes", "memory.predicted.error"
 # The first that is known; a process's memory is that of all it has imported, and of what ran in it before.
 MEMORY = (DEVICE_MEMORY, Cost(PREDICTED, "training memory, predicted", "bytes"), HOST_MEMORY)
@@ -79,6 +80,7 @@ NAMES = {
     DEVICE_MEMORY.column: "peak memory",
     PREDICTED: "predicted memory",
     HOST_MEMORY.column: "resident memory",
+    LATENCY.column: "generation of a text (median)",
 }
 # The device that a trial ran on, and of a CPU the threads.
 GPUS, PROCESSOR, THREADS = "meta_info.torch.gpus", "meta_info.system.processor", "meta_info.torch.threads"
@@ -86,7 +88,6 @@ AT_ONCE, TRAINED_BY = f"meta_info.system.{AT_ONCE_KEY}", "train_info.trained_by"
 VERSION = "meta_info.packages.{}.version"
 VERSIONS = ("torch", "transformers", "peft", "bitsandbytes")  # packages that decide how long a step takes
 SEVERAL = " + "  # between the devices of one trial or configuration
-LATENCY = Cost("generation_info.overall.adapted.seconds_p50", "generation of a text, median", "seconds")
 
 
 def direction(column: str) -> int:

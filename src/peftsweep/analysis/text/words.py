@@ -67,9 +67,20 @@ def cost(column: str, value: float) -> str:
         return ""
     if column.startswith("memory.") or column.endswith("bytes"):
         return size(value)
-    if column == SECONDS:
-        return f"{value:,.1f} s" if value < 1000 else f"{value / 60:,.0f} min"
-    return f"{value:,.0f}"
+    return seconds(value) if "seconds" in column.rpartition(".")[2] else f"{value:,.0f}"
+
+
+def seconds(value: float) -> str:
+    """Seconds in the unit that suits them."""
+    if value == 0:
+        return "0 s"
+    if value < 1e-3:
+        return f"{value * 1e6:.3g} µs"
+    if value < 1:
+        return f"{value * 1e3:.3g} ms"
+    return (
+        f"{value:,.1f} s" if value < 1000 else f"{value / 60:,.0f} min" if value < 36_000 else f"{value / 3600:,.1f} h"
+    )
 
 
 def number(value: float) -> str:
