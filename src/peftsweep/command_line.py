@@ -132,7 +132,7 @@ def checked(words: Sequence[str], conf: Path) -> list[str]:
             raise InputError(f"{name}: {HYDRA_KEYS_REFUSED[name]}")
         if name not in options:
             key = name.lstrip("-").replace("-", "_")
-            if key in groups or type_of(key) is not None:
+            if key.partition(".")[0] in groups or type_of(key) is not None:
                 raise InputError(f"{name}: no such option; a key is given without dashes: {key}=VALUE")
             known = [*FLAGS, *(option for option in options if option not in {*FLAGS, *HYDRA_KEYS_REFUSED})]
             raise InputError(f"{name}: no such option; {suggest(name, known)}")

@@ -304,6 +304,7 @@ WRONG_WORDS = {
     "--config-name other": "--config-name: cannot be set; --config-dir DIR adds options of your own",
     "--resolve": "--resolve: only with --cfg job",
     "--info nope": "--info nope: must be --info alone, or with one of all, config",
+    "--method.r=8": "--method.r: no such option; a key is given without dashes: method.r=VALUE",
     "--train.steps=5": "--train.steps: no such option; a key is given without dashes: train.steps=VALUE",
     "--dry-run": "--dry-run: no such option; a key is given without dashes: dry_run=VALUE",
     "hydra.searchpath=[nowhere]": "hydra.searchpath=[nowhere]: no such folder: nowhere",

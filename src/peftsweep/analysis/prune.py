@@ -9,6 +9,7 @@ from pathlib import Path
 
 from peftsweep.analysis.table import columns
 from peftsweep.analysis.table.table import read, trials
+from peftsweep.analysis.text import words
 from peftsweep.observe.display import size
 from peftsweep.study import claims, store
 from peftsweep.study.record import Result
@@ -34,7 +35,7 @@ def main(names: Sequence[str], keep_best: int, *, confirmed: bool) -> int:
                 shutil.rmtree(one.folder)
         total = size(sum(one.bytes for one in found))
         how = "" if confirmed or not found else "; --prune --yes removes it"
-        print(f"{folder}: {total} in {len(found)} folder{'s' * (len(found) != 1)}{how}; records and predictions stay")
+        print(f"{folder}: {total} in {words.plural('folder', len(found))}{how}; records and predictions stay")
     return 0
 
 
