@@ -303,7 +303,7 @@ def test_an_option_of_one_s_own_is_explained(tmp_path: Path, monkeypatch: pytest
 
 def test_every_exit_code_has_a_sentence() -> None:
     source = Path(cli.__file__).read_text(encoding="utf-8")
-    returned = {int(code) for code in re.findall(r"return (\d+)\b", source)} | {cli.NOT_RUN}
+    returned = {int(code) for code in re.findall(r"(?:return|code =) (\d+)\b", source)} | {cli.NOT_RUN}
     assert returned == set(errors.EXIT_CODES)
 
 

@@ -110,8 +110,14 @@ WORDS = [f"a-long-label-of-configuration-{n}-with-many-words" for n in range(12)
 @pytest.mark.parametrize(
     "factors",
     [
-        {"choices.method": [f"method_{n}" for n in range(10)], "choices.quant": [*axes.QUANTS[:8]]},
-        {"choices.method": WORDS, "choices.targets": ["q_proj,k_proj,v_proj,o_proj,gate_proj", "qv"]},
+        pytest.param(  # the dearest figures of the tests
+            {"choices.method": [f"method_{n}" for n in range(10)], "choices.quant": [*axes.QUANTS[:8]]},
+            marks=pytest.mark.slow,
+        ),
+        pytest.param(
+            {"choices.method": WORDS, "choices.targets": ["q_proj,k_proj,v_proj,o_proj,gate_proj", "qv"]},
+            marks=pytest.mark.slow,
+        ),
         {"config.method.r": [8, 16], "choices.method": METHODS, "choices.quant": QUANTS},
     ],
     ids=["many levels", "long names", "two ranks"],
@@ -156,6 +162,7 @@ def test_a_name_that_has_no_room_in_its_panel_is_not_written() -> None:
             assert inside.x0 <= text.get_window_extent().x0 <= text.get_window_extent().x1 <= inside.x1
 
 
+@pytest.mark.slow  # it draws all figures three times
 def test_any_label_is_written_into_the_folder_and_old_figures_go() -> None:
     folder = Path("study/plots")
     folder.mkdir(parents=True)

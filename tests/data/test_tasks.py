@@ -216,6 +216,7 @@ def test_a_trial_on_lm_eval_tasks_of_its_own() -> None:
     assert {"own_piqa_acc", "base_own_piqa_acc"} <= set(result.eval_info["lm_eval"])
 
 
+@pytest.mark.slow  # it imports and indexes the whole harness
 def test_the_harness_says_how_many_rows_a_group_has_and_which_direction_is_better(base: Any, tokenizer: Any) -> None:
     """It was of 0 rows, by which the interval of its score was 12.7 standard errors wide each way."""
     pytest.importorskip("lm_eval")

@@ -186,6 +186,7 @@ def test_forecast_records_of_an_empty_study_is_one_line(tmp_path: Path) -> None:
 # ---- a sweep -----------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow  # several traces, of seconds each
 def test_a_sweep_with_halving_is_shorter_by_what_is_not_trained(
     compose: Compose, device: speed.Device, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -434,6 +435,7 @@ def device(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> speed.Device:
 SMALL = ("dataset.samples=32", "eval.tiny_math.samples=8", "eval.perplexity.samples=8")
 
 
+@pytest.mark.slow  # several traces, of seconds each
 def test_saving_reads_the_base_back_for_the_check_and_for_the_merge_but_does_not_begin_a_trial(
     compose: Compose, device: speed.Device
 ) -> None:
@@ -470,6 +472,7 @@ def test_decoding_steps_that_are_replayed_need_no_time_of_the_host(compose: Comp
     assert duration._decoding(device, None, math.inf, 100, True) == 0.0
 
 
+@pytest.mark.slow  # several traces, of seconds each
 def test_validations_are_in_the_seconds_of_evaluations_as_often_as_they_come(
     compose: Compose, device: speed.Device, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -528,9 +531,9 @@ TEXTS = ("eval=[tiny_math]", "eval.tiny_math.max_new_tokens=200")
     ("words", "kind", "replayed"),
     [
         (("eval=[]",), "train", True),
-        (CLASSIFIER, "train", False),
-        (("eval=[]", "method=adalora"), "train", False),
-        (TEXTS, "evaluate", True),
+        pytest.param(CLASSIFIER, "train", False, marks=pytest.mark.slow),  # two traces, of seconds each
+        pytest.param(("eval=[]", "method=adalora"), "train", False, marks=pytest.mark.slow),
+        pytest.param(TEXTS, "evaluate", True, marks=pytest.mark.slow),
         ((*TEXTS, "method=prompt_tuning"), "evaluate", False),
     ],
 )
@@ -554,6 +557,7 @@ def test_replays_are_foreseen_only_where_a_gpu_captures_steps(
     assert replayed or auto == pytest.approx(plain)
 
 
+@pytest.mark.slow  # several traces, of seconds each
 def test_the_first_trial_of_a_model_takes_nothing_of_the_time_for_the_others(
     compose: Compose, device: speed.Device, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -565,6 +569,7 @@ def test_the_first_trial_of_a_model_takes_nothing_of_the_time_for_the_others(
     assert spent[0] > 0
 
 
+@pytest.mark.slow  # several traces, of seconds each
 def test_the_flops_of_a_trial_are_its_own_however_many_were_traced_before(
     compose: Compose, device: speed.Device, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -600,6 +605,7 @@ def test_trials_of_other_seeds_have_one_shape_and_the_flops_of_their_own_padding
     assert runs[1].tokens == pytest.approx(work._batches(tokens, trials[1].config.train, 1).tokens)  # type: ignore[union-attr]
 
 
+@pytest.mark.slow  # several traces, of seconds each
 def test_a_base_that_an_earlier_trial_scores_is_in_no_seconds_of_a_later_one(
     compose: Compose, device: speed.Device, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -107,7 +107,7 @@ def test_four_ways_to_go_wrong_cost_one_trial_each(command: Command) -> None:
     code, out, _ = command(
         *UNWRITTEN,
         f"eval.perplexity._target_={targets},peftsweep.evaluation.evaluate.perplexity",
-        "hydra.launcher.timeout=20",
+        "hydra.launcher.timeout=12",
         "hydra.launcher.workers=2",
     )
     assert code == 1
