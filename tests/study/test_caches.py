@@ -431,6 +431,15 @@ def test_a_record_of_turns_that_the_generation_prompt_does_not_begin_is_run_agai
     assert bool(mended.outdated(held)) == (template is CLOSED)
 
 
+def of_conversation(folder: Path, template: str, turn: dict[str, Any]) -> dict[str, Any]:
+    """The configuration of a record whose base has this chat template and whose rows are a question and this turn."""
+    (folder / "chat_template.jinja").write_text(template)
+    rows = folder.with_name("rows.jsonl")
+    rows.write_text(json.dumps({"messages": [USER_TURN, {"role": "assistant"} | turn]}))
+    dataset = {"path": str(rows), "reader": identity.CONVERSATIONS, "prompt": "{prompt}", "answer": "{answer}"}
+    return {"model": {"name_or_path": str(folder)}, "dataset": dataset | {"chat": True}}
+
+
 @pytest.mark.parametrize(
     ("template", "turn", "wrong"),
     [
@@ -444,11 +453,7 @@ def test_a_record_of_turns_that_the_generation_prompt_does_not_begin_is_run_agai
 def test_a_record_whose_turns_ended_or_began_at_another_place_is_run_again(
     template: str, turn: dict[str, Any], wrong: bool, folder: Path
 ) -> None:
-    (folder / "chat_template.jinja").write_text(template)
-    rows = folder.with_name("rows.jsonl")
-    rows.write_text(json.dumps({"messages": [USER_TURN, {"role": "assistant"} | turn]}))
-    dataset = {"path": str(rows), "reader": identity.CONVERSATIONS, "prompt": "{prompt}", "answer": "{answer}"}
-    config: dict[str, Any] = {"model": {"name_or_path": str(folder)}, "dataset": dataset | {"chat": True}}
+    config = of_conversation(folder, template, turn)
     held = Result({"identity_rule": 7}, {}, config=config)
     assert bool(mended.outdated(held)) == bool(mended.outdated(held, training=True)) == wrong
     assert mended.outdated(Result({"identity_rule": 8}, {}, config=config)) is None
@@ -470,11 +475,7 @@ CALLS = CHATML.replace("<|im_end|>", "{% for call in m.tool_calls or [] %}" + GI
 def test_a_record_whose_calls_were_in_another_form_is_run_again(
     template: str, turn: dict[str, Any], wrong: bool, folder: Path
 ) -> None:
-    (folder / "chat_template.jinja").write_text(template)
-    rows = folder.with_name("rows.jsonl")
-    rows.write_text(json.dumps({"messages": [USER_TURN, {"role": "assistant"} | turn]}))
-    dataset = {"path": str(rows), "reader": identity.CONVERSATIONS, "prompt": "{prompt}", "answer": "{answer}"}
-    config: dict[str, Any] = {"model": {"name_or_path": str(folder)}, "dataset": dataset | {"chat": True}}
+    config = of_conversation(folder, template, turn)
     assert bool(mended.outdated(Result({"identity_rule": 10}, {}, config=config))) == wrong
     assert mended.outdated(Result({"identity_rule": 11}, {}, config=config)) is None
 

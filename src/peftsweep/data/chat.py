@@ -97,7 +97,7 @@ def render(template: ChatTemplate, conversation: Conversation, turns: Turns, wri
     prompted = _up_to_last_turn(template, conversation)
     if marked and text.startswith(prompted) and any(start < len(prompted) < stop for start, stop in spans):
         template.warn_once(TRAINED_PROMPT)
-    held = [text for message in conversation.messages for text in _texts(message)]
+    held = [words for message in conversation.messages for words in _texts(message)]
     for mark in {template.special[token] for token in ids if token in template.special}:
         if any(mark in one for one in held):
             template.warn_once(HELD_MARK.format(mark))

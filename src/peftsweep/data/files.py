@@ -122,9 +122,7 @@ def first_rows(path: str | Path, key: str = "path", encoding: str | None = None)
         with gzip.open(file) if file.suffix.lower() == ".gz" else file.open("rb") as stream:
             beginning = stream.read(BEGINNING)
         lines = beginning if len(beginning) < BEGINNING else beginning.rpartition(b"\n")[0]
-        return (
-            _READERS[suffix](_decoded(lines, encoding, key))[:FIRST_ROWS] or read_rows(file, key, encoding)[:FIRST_ROWS]
-        )
+        return (_READERS[suffix](_decoded(lines, encoding, key)) or read_rows(file, key, encoding))[:FIRST_ROWS]
     except (ValueError, LookupError, OSError, EOFError, StopIteration, zlib.error):
         return read_rows(file, key, encoding)[:FIRST_ROWS]  # raises the error, or reads a row that is cut at BEGINNING
 

@@ -27,9 +27,7 @@ COMMAND = "PEFTSWEEP_COMMAND"  # the environment variable with the token of the 
 AT_ONCE = "PEFTSWEEP_TRIALS_AT_ONCE"  # the environment variable of a worker for the result of ``trials_at_once``
 AT_ONCE_KEY = "trials_at_once"  # the key of a record's ``meta_info.system`` for it
 DURATION_FIELDS = {"seconds": (int, float), "seconds_outside_trials": (int, float)}  # the fields that are read again
-FORCED = (
-    ".forced"  # the suffix of a file with the token of a command with force=true that has not run all of its trials
-)
+FORCED = ".forced"  # suffix of a file: the token of a command with force=true that has not run all of its trials
 PLACING = re.compile(r"(dry_run|quiet|hydra[./]launcher)\b")  # words that say how and where a command runs its trials
 _began: list[float] = []
 _forced: list[Path] = []  # the files of suffix FORCED of this command

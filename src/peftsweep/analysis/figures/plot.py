@@ -286,9 +286,8 @@ def _trade_off(ax: Any, good: pd.DataFrame, cost: Cost, score: str, styles: dict
             if not on_it and len(rows) > EACH:
                 continue
             chosen = place[front[rows.index.get_indexer(place)] == on_it]
-            arms = (
-                error_bars(rows.loc[chosen], score) if label in styles or on_it else None
-            )  # many grey bars would hide the points
+            # Many grey bars would hide the points.
+            arms = error_bars(rows.loc[chosen], score) if label in styles or on_it else None
             ax.errorbar(x[chosen], y[chosen], yerr=arms, elinewidth=0.8, **point, **look)
     line = x[front].sort_values()
     if len(line) > 1:

@@ -148,7 +148,7 @@ class ChatTemplate:
         Some templates do not write it after an answer or after the result of a call.
         """
         question, answer = ({"role": role, "content": self._as_content(PROBE)} for role in ("user", "assistant"))
-        call = {"id": "probecall", "type": "function", "function": {"name": "probe", "arguments": ARGUMENTS}}
+        call = _probe_call(ARGUMENTS)
         calling = self._readable({"role": "assistant", "content": "", "tool_calls": [call]})
         result = {"role": "tool", "tool_call_id": "probecall", "name": "probe", "content": self._as_content("probe")}
         closed, prompted = (self._probe([question], begun=begun) for begun in (False, True))
@@ -176,7 +176,7 @@ class ChatTemplate:
     @cached_property
     def reasoning_keys(self) -> tuple[str, ...]:
         """The keys of ``REASONING`` that the template writes in the last turn, beside content or a call."""
-        call = {"id": "probecall", "type": "function", "function": {"name": "probe", "arguments": ARGUMENTS}}
+        call = _probe_call(ARGUMENTS)
         probe = self._as_content("probe")
         ways: list[Message] = [{"content": probe}, {"content": "", "tool_calls": [self._readable_call(call)]}]
 
@@ -201,7 +201,7 @@ class ChatTemplate:
         return self._probe_arguments(json.dumps(ARGUMENTS)) == self._probe_arguments(ARGUMENTS)
 
     def _probe_arguments(self, arguments: Any, content: Message = EMPTY[0]) -> str:
-        call = {"id": "probecall", "type": "function", "function": {"name": "probe", "arguments": arguments}}
+        call = _probe_call(arguments)
         question: Message = {"role": "user", "content": self._as_content("probe")}
         return self._probe([question, {"role": "assistant", "tool_calls": [call]} | content])
 
@@ -223,3 +223,8 @@ def _on_one_day(source: str) -> str:
     """A template that writes ``DAY`` in place of the present day, whether the form of the date is a text or a name."""
     parts = " | ".join(f"replace({json.dumps(one)}, {json.dumps(DAY.strftime(one))})" for one in DIRECTIVES)
     return TODAY.sub(lambda found: f"(({found[1].strip() or repr('%c')}) | {parts})", source)
+
+
+def _probe_call(arguments: Any) -> dict[str, Any]:
+    """A tool call with these arguments, by which a template is probed."""
+    return {"id": "probecall", "type": "function", "function": {"name": "probe", "arguments": arguments}}
