@@ -9,6 +9,7 @@ import signal
 import subprocess
 import time
 from collections.abc import Callable, Iterator
+from functools import cache
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -198,7 +199,9 @@ def test_a_job_that_waits_in_the_queue_is_found_by_a_later_command(
 # ---- a real SLURM ----------------------------------------------------------------------------------
 
 
+@cache
 def answers_here() -> bool:
+    """Asked when the first test needs it: where the programs are and no controller, each call waits for 9 seconds."""
     return bool(shutil.which("sinfo")) and subprocess.run(["sinfo"], capture_output=True).returncode == 0
 
 
@@ -215,16 +218,11 @@ def told(*command: str) -> str:
     return subprocess.run(command, capture_output=True, text=True, check=True).stdout
 
 
-def on_slurm(test: Callable[..., None]) -> Callable[..., None]:
-    """A slow test that needs a SLURM on this host."""
-    needed = pytest.mark.skipif(not answers_here(), reason="needs a SLURM that answers on this host")
-    marked: Callable[..., None] = pytest.mark.slow(needed(test))
-    return marked
-
-
 @pytest.fixture
 def run(monkeypatch: pytest.MonkeyPatch) -> Iterator[Run]:
     """Start `peftsweep` on SLURM, its jobs with one thread; after the test neither it nor a job of it is left."""
+    if not answers_here():
+        pytest.skip("needs a SLURM that answers on this host")
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
     started: list[subprocess.Popen[str]] = []
 
@@ -269,7 +267,7 @@ def statuses() -> list[str]:
     return sorted(one.status.name for one in records().values())
 
 
-@on_slurm
+@pytest.mark.slow
 def test_a_job_whose_process_is_killed_costs_that_process(run: Run) -> None:
     process = run(*LONG, "method.r=2,4")
     killed, (pid, _) = one_of(wait_for(training, process))
@@ -280,7 +278,7 @@ def test_a_job_whose_process_is_killed_costs_that_process(run: Run) -> None:
     assert went_on[0].run_info["resumed"] >= 100
 
 
-@on_slurm
+@pytest.mark.slow
 def test_a_job_that_is_cancelled_is_recorded_and_the_others_end(run: Run) -> None:
     process = run(*LONG, "train.steps=6000", "method.r=2,4")  # longer than the seconds from SIGTERM to SIGKILL
     _, (_, job) = one_of(wait_for(training, process))
@@ -290,7 +288,7 @@ def test_a_job_that_is_cancelled_is_recorded_and_the_others_end(run: Run) -> Non
     assert code != 0
 
 
-@on_slurm
+@pytest.mark.slow
 def test_a_parent_that_is_killed_leaves_its_jobs_and_the_same_command_ends_with_all(run: Run) -> None:
     process = run(*LONG, "method.r=2,4,8")
     wait_for(training, process)
@@ -300,7 +298,7 @@ def test_a_parent_that_is_killed_leaves_its_jobs_and_the_same_command_ends_with_
     assert (code, statuses()) == (0, ["success"] * 3), out
 
 
-@on_slurm
+@pytest.mark.slow
 def test_jobs_that_wait_when_their_command_is_killed_are_not_submitted_again(run: Run) -> None:
     blocker = told("sbatch", "--parsable", "--output=/dev/null", "--exclusive", "--wrap=sleep 1500").strip()
     process = run(*WORDS, "train.steps=4", "method.r=2,4")
@@ -324,7 +322,7 @@ def change(job: str, *settings: str) -> None:
     subprocess.run(["scontrol", "update", f"jobid={job}", *settings], check=True)
 
 
-@on_slurm
+@pytest.mark.slow
 def test_a_time_limit_sends_a_trial_to_the_queue_and_on_from_its_checkpoint(run: Run) -> None:
     limits = ["hydra.launcher.timeout_min=30", "hydra.launcher.signal_delay_s=100"]
     process = run(*LONG, "train.steps=2000", "method.r=2", *limits)
@@ -338,7 +336,7 @@ def test_a_time_limit_sends_a_trial_to_the_queue_and_on_from_its_checkpoint(run:
     assert next(iter(records().values())).run_info["resumed"] >= 100
 
 
-@on_slurm
+@pytest.mark.slow
 @pytest.mark.parametrize("state", ["drain", "down"])
 def test_a_node_that_is_lost_for_a_while_loses_nothing(state: str, run: Run) -> None:
     [node] = told("sinfo", "-h", "-o", "%n").split()[:1]
@@ -354,7 +352,7 @@ def test_a_node_that_is_lost_for_a_while_loses_nothing(state: str, run: Run) -> 
         assert any(one.run_info["resumed"] for one in records().values())
 
 
-@on_slurm
+@pytest.mark.slow
 def test_an_array_of_twenty_with_two_at_once(run: Run) -> None:
     ranks = ",".join(map(str, range(1, 21)))
     process, most = run(*WORDS, "train.steps=4", f"method.r={ranks}"), 0
