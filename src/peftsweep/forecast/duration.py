@@ -44,7 +44,9 @@ from peftsweep.training.graphs import WARMUP_PASSES
 SPREADS = {"load": 0.5, "train": 0.18, "evaluate": 0.35, "save": 0.5}
 ESTIMATED_SPREAD = 0.3  # the same for the part of a step whose operations were not timed
 CROWDED_SPREAD = 0.3  # the same for trials that run at the same time on a device, without a record of such trials
-FIRST_SECONDS, NEXT_SECONDS = 4.0, 1.0  # limits of timing operations: for the first trial of a model, for others
+# Limits of timing operations: for the first trial of a model, the first in another dtype or with another attention
+# (whose operations are others), and for the rest.
+FIRST_SECONDS, VARIANT_SECONDS, NEXT_SECONDS = 4.0, 2.4, 1.0
 # Seconds without records, measured on two cores with the embedded model: for the start of a trial, for the files of an
 # adapter, for each tensor of a base.
 SETUP_SECONDS, FILES_SECONDS, TENSOR_SECONDS = 0.3, 0.02, 0.002
@@ -56,8 +58,9 @@ UNCAPTURED_BATCHES = 14 * (WARMUP_PASSES + 3)
 UNCAPTURED_STEPS = WARMUP_PASSES + 7
 NOT_WANTED = "its evaluations are left out"
 MOST_SECONDS = 10.0  # limit of timing operations in a process, without the first trials of models
+VARIANTS = ("dtype", "attn_implementation")  # settings by which one model has variants
 _SPENT = [0.0]
-_MODELS: set[str] = set()  # models for which a trial was predicted in this process
+_MODELS: set[str] = set()  # models, and their variants, for which a trial was predicted in this process
 
 
 @dataclass(frozen=True)
@@ -224,12 +227,16 @@ def _timed(
     *,
     probe: bool,
 ) -> Estimate:
-    model = identity.content_hash([identity.model_key(trial)])
+    settings = identity.model_identity(trial.config.model)
+    variant = identity.content_hash(settings)
+    model = identity.content_hash({key: value for key, value in settings.items() if key not in VARIANTS})
     begun = time.perf_counter()
-    first = model not in _MODELS
-    may_take = FIRST_SECONDS if first else max(0.0, min(NEXT_SECONDS, MOST_SECONDS - _SPENT[0]))
+    first = variant not in _MODELS
+    may_take = max(0.0, min(NEXT_SECONDS, MOST_SECONDS - _SPENT[0]))
+    if first:
+        may_take = VARIANT_SECONDS if model in _MODELS else FIRST_SECONDS
     until = begun + may_take if probe else 0.0
-    _MODELS.add(model)
+    _MODELS.update((model, variant))
     spans: dict[str, Span | None] = dict.fromkeys(KINDS)
     raw: dict[str, float] = {}
     unknown: dict[str, str] = {}
