@@ -148,10 +148,25 @@ def test_a_rate_beside_the_best_is_tried_at_the_best_size(falls: float, expected
     assert len(again) == 2  # what it is held against, which is known, and one more
 
 
-def test_no_rate_is_tried_again_where_the_smallest_size_is_the_best() -> None:
+def test_larger_sizes_that_lose_because_their_rate_is_too_high_are_tried_at_its_neighbour() -> None:
+    """At the rate that is best at the smallest size all larger ones lose; at the rate below it the largest is best."""
+
+    def loss(point: Point) -> float:
+        size = point.size or 4
+        return valley(point.rate, 2e-3 * 4 / size) - math.log10(size) / 4
+
+    space = Space("lora", (2e-4, 6e-4, 2e-3), sizes=(4, 16), extends=False)
+    assert loss(Point("lora", 2e-3, 4, None, 0)) < loss(Point("lora", 2e-3, 16, None, 0))
+    (found,) = search.tune([space], objective := Simulated(loss))
+    assert found.best == Point("lora", 6e-4, 16, None, 0)
+    assert len(objective.points) == 3 + 1 + 1
+
+
+def test_the_smallest_size_stays_the_best_where_no_rate_helps_larger_ones() -> None:
     objective = Simulated(lambda point: valley(point.rate) + (point.size or 0))
-    search.tune([LORA], objective)
-    assert "rate again" not in {stage for stage, _, _ in objective.requests}
+    (found,) = search.tune([LORA], objective)
+    assert found.best is not None
+    assert found.best.size == LORA.sizes[0]
 
 
 def test_methods_have_rates_of_their_own_and_the_best_comes_first() -> None:
@@ -171,7 +186,7 @@ def test_a_budget_of_trials_is_kept_and_treats_methods_alike(trials: int) -> Non
     spaces = [Space(name, LORA.rates, sizes=LORA.sizes) for name in ("lora", "dora")]
     found = search.tune(spaces, objective)
     counts = [sum(point.method == one for point in objective.points) for one in ("lora", "dora")]
-    assert sum(counts) == min(trials, 10)
+    assert sum(counts) == min(trials, 12)
     assert abs(counts[0] - counts[1]) <= 1
     assert found[0].best is not None
 

@@ -1,7 +1,8 @@
 """The search of sweep=tune: which configurations to try next, given the validation scores of those tried before.
 
 For each method the search has four stages: the learning rate at the smallest size (rank); the size at the best rate; a
-neighbouring rate at the best size; the target modules at the best rate and size. The rate that is best at a low rank is
+neighbouring rate at the best size, or at the best of the larger ones where the smallest is the best; the target modules
+at the best rate and size. The rate that is best at a low rank is
 nearly the best at every rank, because the best rate of LoRA hardly depends on its rank (Schulman et al., "LoRA Without
 Regret", 2025). In short trainings it does depend on the rank, by up to one step of the ladder.
 
@@ -76,7 +77,7 @@ class Space:
     extends: bool = True  # whether a rate is added to the ladder when the best rate is at an end of it
     sizes: tuple[int | None, ...] = (None,)  # the smallest first
     targets: tuple[str | None, ...] = (None,)  # the method's own first
-    again: bool = True  # whether a neighbour of the best rate is also tried at the best size
+    again: bool = True  # whether a neighbour of the best rate is also tried at the best size, or the best larger one
 
 
 def ladder(rate: float, count: int = 3) -> tuple[float, ...]:
@@ -197,14 +198,20 @@ def sizes(space: Space, best: Point) -> Search:
 
 
 def rate_again(space: Space, best: Point, tuned: Mapping[str, Tuned]) -> Search:
-    """The better one of the best rate and its better neighbour, at the best size: both were tried at the smallest."""
-    result = tuned[space.method]
+    """The better one of ``best`` and of the better neighbour of its rate, at a size where that rate was not tried.
+
+    That is the best size, or the best of the larger ones where the smallest is: all rates were tried at the smallest,
+    and the larger ones may have lost because the rate that is best there is too high for them.
+    """
+    result, smallest = tuned[space.method], space.sizes[0]
     # Points that went to their end rank before all others, which were worse at the rung.
-    ranks = {point: (0, score) for point, score in result.ends.items() if point.size == space.sizes[0]}
-    ranks |= {p: (1, score) for p, score in result.rungs.items() if p not in ranks and p.size == space.sizes[0]}
-    if best.size == space.sizes[0] or not space.again or (rate := _better_neighbour(best, ranks)) is None:
+    ranks = {point: (0, score) for point, score in result.ends.items() if point.size == smallest}
+    ranks |= {p: (1, score) for p, score in result.rungs.items() if p not in ranks and p.size == smallest}
+    larger = [point for point in result.ends if point.size != smallest]
+    if not larger or not space.again or (rate := _better_neighbour(best, ranks)) is None:
         return best
-    return (yield from _variants(best, [best, replace(best, rate=rate)]))
+    size = min(larger, key=result.ends.__getitem__).size
+    return (yield from _variants(best, [best, replace(best, rate=rate, size=size)]))
 
 
 def targets(space: Space, best: Point) -> Search:
