@@ -40,7 +40,7 @@ from peftsweep.models.parts import (
     text_config,
     text_part,
 )
-from peftsweep.models.quantised.layers import is_quantised, mend, not_quantised
+from peftsweep.models.quantised.layers import is_quantised, not_quantised, patch_layers
 from peftsweep.schema import Init, ModelConfig, Task
 from peftsweep.study import store
 
@@ -384,7 +384,7 @@ def load(
             setattr(quantization, name, [*getattr(quantization, name), *new_parts(base)])
             base = _pretrained(model, quantization, options, seed)  # parts that are trained are never quantised
         setattr(base, COMMIT, None if is_local(model) else options["revision"])
-    mend(base)
+    patch_layers(base)
     base.requires_grad_(False)
     return cast(PreTrainedModel, defer_router_loss(base.eval()))
 
