@@ -41,7 +41,7 @@ class Error:
 
 
 def error(results: Iterable[Result], kind: str) -> Error | None:
-    """Of the successful trials whose ``kind`` of seconds was predicted and measured; None where there is none."""
+    """The errors of successful trials whose seconds of this ``kind`` were predicted and measured; None without any."""
     errors, held = [], 0
     for result in results:
         predicted, took = result.train_info.get("predicted"), measured(result.train_info).get(kind)

@@ -183,7 +183,7 @@ def _generate(
 
 
 class _Stops:
-    """Texts that end what is written, in whatever tokens they come."""
+    """Stop strings: texts that end a generation, however they are split into tokens."""
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, texts: Sequence[str]) -> None:
         self._tokenizer = tokenizer

@@ -390,7 +390,7 @@ def load(
 
 
 def spare(quantization: Any, base: PreTrainedModel) -> None:
-    """Exclude what is trained of a classifier itself, and layers that are never called, from ``quantization``."""
+    """Exclude from ``quantization`` what a classifier trains beside the adapter, and layers that are never called."""
     name = next((name for name in SKIPPED if hasattr(quantization, name)), None)
     heads = [*head_names(base), *new_parts(base)] if classifies(base) else []
     if name is None or not (own := [*dict.fromkeys((*heads, *never_called(base)))]):

@@ -70,9 +70,9 @@ def read(folder: Path) -> list[Result]:
 
 
 def _without_copies(results: Iterable[Result]) -> list[Result]:
-    """Of several folders of one trial only that which is done, newest, and named as when it was made.
+    """One record for each trial: of several folders that hold it, the one that is done, newest, and has its first name.
 
-    A folder that was copied for safety would else count as another seed, in every table and interval.
+    Without this a copied folder would count as another seed, in every table and interval.
     """
     kept = dict[str, Result]()
     for place, result in enumerate(sorted(results, key=_precedence, reverse=True)):
