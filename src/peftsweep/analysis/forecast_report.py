@@ -19,14 +19,14 @@ INTERVAL = 0.9  # what a predicted interval says of itself
 
 @dataclass(frozen=True)
 class Error:
-    """Of predictions of one kind of seconds: relative errors, and how many intervals held the truth."""
+    """Predictions of one kind of seconds: their relative errors, and how many intervals held the measured value."""
 
     errors: tuple[float, ...]  # predicted / measured - 1
     held: int
 
     @property
     def median(self) -> float:
-        """Of the errors without their signs."""
+        """The median of the errors without their signs."""
         return statistics.median(map(abs, self.errors))
 
     @property

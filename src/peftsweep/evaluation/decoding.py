@@ -100,7 +100,7 @@ class Sampling(NamedTuple):
 
     @property
     def options(self) -> dict[str, Any]:
-        """What ``generate`` is given."""
+        """The arguments of ``generate``."""
         return {"do_sample": True, "temperature": self.temperature, "top_p": self.top_p, "top_k": 0, "min_p": 0.0}
 
 

@@ -400,7 +400,7 @@ def _copied(model: nn.Module, own: Sequence[nn.Module]) -> nn.Module:
 
 
 def _tensors(module: nn.Module) -> Iterator[Any]:
-    """What a module itself holds: parameters, buffers, other tensors, and the state of bitsandbytes' layers.
+    """A module's contents without its submodules: parameters, buffers, tensors, state of bitsandbytes' layers.
 
     That state must stay one: the first forward of an 8-bit layer moves the weights there from the parameter.
     """
