@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import functools
 import importlib
+import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
@@ -142,6 +143,15 @@ def test_a_folder_lists_the_files_that_others_import_or_a_yaml_names() -> None:
         used = in_yamls.union(*map(own, outside))
         files = sorted(name.removeprefix(f"{folder}.") for name in used if name.rpartition(".")[0] == folder)
         assert importlib.import_module(f"peftsweep.{folder}").__all__ == files, folder
+
+
+def test_a_folder_answers_the_question_that_the_page_says() -> None:
+    page = (PACKAGE.parents[1] / "docs" / "architecture.md").read_text(encoding="utf-8")
+    questions = dict(re.findall(r"^\| `(\w+)/` \| (.+?\?)", page, re.MULTILINE))
+    assert questions.keys() == {name.partition(".")[0] for name in FOLDERS}
+    for folder, question in questions.items():
+        text = str(importlib.import_module(f"peftsweep.{folder}").__doc__)
+        assert text.lower().startswith(question.replace("`", "").lower()), folder
 
 
 def test_no_file_uses_a_private_name_of_another() -> None:

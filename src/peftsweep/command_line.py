@@ -297,7 +297,7 @@ def _check_boolean(one: Override) -> None:
 
 
 def _check_option(word: str, one: Override, group: Path) -> None:
-    """Refuse what is no name of an option where one is chosen, or several where there can be one."""
+    """Refuse a word that names no option of its group, or that names several where one is allowed."""
     value, known = one._value, sorted(file.stem for file in group.glob("*.yaml"))
     if one.is_delete():
         if group.name not in OPTIONAL_GROUPS:

@@ -272,7 +272,7 @@ def _hub() -> Finding:
 
 
 def _extras() -> Finding:
-    """Which optional packages are here, by the extras of our own metadata."""
+    """Which optional packages are installed, by the extras of this package's metadata."""
     from packaging.requirements import Requirement
 
     own = importlib.metadata.metadata("peftsweep")

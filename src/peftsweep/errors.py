@@ -182,7 +182,7 @@ def unreadable(error: BaseException) -> str | None:
 
 
 def suggest(wrong: str, known: list[str]) -> str:
-    """``; did you mean 'x'?`` when one of ``known`` is close to ``wrong``, else the choices."""
+    """``did you mean 'x'?`` when one of ``known`` is close to ``wrong``, else the choices."""
     from difflib import get_close_matches
 
     swapped = [name for name in known if sorted(name) == sorted(wrong.lower())]
@@ -244,7 +244,7 @@ def first_line(error: BaseException) -> str:
 
 
 def message(error: BaseException) -> str:
-    """What an exception says; nothing where its class, which may be anybody's, fails to say it."""
+    """The message of an exception; empty if its class, which may be of any library, fails to give one."""
     try:
         return str(error)
     except Exception:

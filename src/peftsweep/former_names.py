@@ -34,6 +34,6 @@ class _Former(MetaPathFinder, Loader):
 
 
 def install() -> None:
-    """Have imports know the former names."""
+    """Let imports by former names find the modules of today."""
     if not any(isinstance(finder, _Former) for finder in sys.meta_path):
         sys.meta_path.append(_Former())

@@ -382,7 +382,7 @@ def _hub_dataset(name: str, given: Mapping[str, str], conf: Path) -> Meaning:
 
 
 def _prompt(template: str | None) -> str:
-    """A template as a person reads it: where it is chosen by the model's task, that of each."""
+    """A template as text for a message; if it depends on the model's task, one text for each task."""
     by_task = {
         task: str(OmegaConf.create({"model": {"task": task.value}, "prompt": template})["prompt"]) for task in Task
     }

@@ -26,7 +26,8 @@ from peftsweep.schema import ModelConfig
 from peftsweep.study import record, store
 from peftsweep.study.record import Result
 from peftsweep.sweep import packing
-from peftsweep.trial import done, mended, scores, stages, task
+from peftsweep.trial import done, scores, stages, task
+from peftsweep.trial.faults import faults
 from tests.architectures import small_config, write
 from tests.conftest import SMALL, records
 from tests.data.test_chat import BEGUN, CHATML, CLOSED, OTHER_END
@@ -179,7 +180,7 @@ def test_a_trial_of_the_first_version_is_done_under_its_rule(folder: Path, compo
     as_of_the_first_version(task.run(one), one)
     held = done.finished(one)
     assert held is not None
-    assert mended.rule_of(held) == 1
+    assert faults.rule_of(held) == 1
     (folder / "README.md").unlink()  # it is recognised from now on, by what counts today
     assert done.finished(compose(*QUICK)) is not None
     other_scores = compose(*QUICK, "eval.perplexity.max_length=100")
@@ -210,7 +211,7 @@ def test_a_trial_that_a_mended_fault_made_wrong_is_run_again_and_one_line_says_w
 def told(folder: Path, train_info: dict[str, Any] | None = None, **sections: Any) -> str:
     """Why a record of the first version, of a trial on that base, is run again; empty where it counts."""
     config = {"model": {"name_or_path": str(folder)}, "method": {"r": 2}, "targets": {"roles": ["q"]}} | sections
-    return mended.outdated(Result({}, {}, config=config, train_info=train_info or {})) or ""
+    return faults.outdated(Result({}, {}, config=config, train_info=train_info or {})) or ""
 
 
 @pytest.mark.parametrize(
@@ -245,11 +246,11 @@ def test_a_record_whose_adapter_reached_routers_is_run_again(
     kind: str, targets: dict[str, Any], method: dict[str, Any] | None, wrong: bool, tmp_path: Path
 ) -> None:
     config = {"model": {"name_or_path": str(write(kind, tmp_path))}, "method": method, "targets": targets}
-    reason = mended.outdated(Result({"identity_rule": 2}, {}, config=config)) or ""
+    reason = faults.outdated(Result({"identity_rule": 2}, {}, config=config)) or ""
     assert reason.startswith("what chooses among a mixture's experts was adapted too" if wrong else "")
     assert bool(reason) == wrong
-    assert mended.right_since(config) == (3 if wrong else 2 if kind != "llama" and method else 1)
-    assert mended.outdated(Result({"identity_rule": 3}, {}, config=config)) is None
+    assert faults.right_since(config) == (3 if wrong else 2 if kind != "llama" and method else 1)
+    assert faults.outdated(Result({"identity_rule": 3}, {}, config=config)) is None
 
 
 @pytest.mark.parametrize(
@@ -268,8 +269,8 @@ def test_a_record_of_a_pack_with_adapters_of_embeddings_is_run_again(
     config = {"model": {"name_or_path": str(write("llama", tmp_path))}, "method": {"target_modules": modules}}
     info: dict[str, Any] = {"steps": 4} | ({"packed": {}} if packed else {})
     held = Result({"identity_rule": 5}, {}, config=config, train_info=info)
-    assert bool(mended.outdated(held)) == wrong
-    assert mended.outdated(Result({"identity_rule": 6}, {}, config=config, train_info=info)) is None
+    assert bool(faults.outdated(held)) == wrong
+    assert faults.outdated(Result({"identity_rule": 6}, {}, config=config, train_info=info)) is None
 
 
 @pytest.mark.parametrize(
@@ -286,8 +287,8 @@ def test_a_record_of_wrong_ranks_or_of_an_adapter_that_cached_tokens_switched_of
 ) -> None:
     config = {"model": {"name_or_path": "tiny"}, "method": method, "train": {"keep_best": True}}
     info = {"steps": 4, "reloads": reloads}
-    assert bool(mended.outdated(Result({"identity_rule": 5}, {}, config=config, train_info=info))) == wrong
-    assert mended.right_since(config) == (6 if retrained else 1)
+    assert bool(faults.outdated(Result({"identity_rule": 5}, {}, config=config, train_info=info))) == wrong
+    assert faults.right_since(config) == (6 if retrained else 1)
 
 
 @pytest.mark.parametrize(
@@ -306,8 +307,8 @@ def test_a_record_whose_experts_were_adapted_in_all_layers_is_run_again(
     small_config("qwen3_moe").save_pretrained(tmp_path)
     model.load_tokenizer(ModelConfig(name_or_path="tiny")).save_pretrained(tmp_path)
     config = {"model": {"name_or_path": str(tmp_path)}, "method": {"r": 2} | method, "targets": {"roles": roles}}
-    assert bool(mended.outdated(Result({"identity_rule": 9}, {}, config=config))) == wrong
-    assert mended.outdated(Result({"identity_rule": 10}, {}, config=config)) is None
+    assert bool(faults.outdated(Result({"identity_rule": 9}, {}, config=config))) == wrong
+    assert faults.outdated(Result({"identity_rule": 10}, {}, config=config)) is None
 
 
 @pytest.mark.parametrize(("kind", "wrong"), [("xlnet", True), ("bert", False)])
@@ -317,8 +318,8 @@ def test_a_record_of_a_classifier_that_took_padding_for_text_is_run_again(
     small_config(kind).save_pretrained(tmp_path)
     model.load_tokenizer(ModelConfig(name_or_path="tiny")).save_pretrained(tmp_path)
     config = {"model": {"name_or_path": str(tmp_path), "task": "seq_cls"}, "method": {"r": 2}}
-    assert bool(mended.outdated(Result({"identity_rule": 5}, {}, config=config))) == wrong
-    assert mended.right_since(config) == (6 if wrong else 1)
+    assert bool(faults.outdated(Result({"identity_rule": 5}, {}, config=config))) == wrong
+    assert faults.right_since(config) == (6 if wrong else 1)
 
 
 @pytest.mark.parametrize(
@@ -337,8 +338,8 @@ def test_texts_behind_virtual_tokens_and_weight_decay_of_lora_plus_were_wrong(
     method: str, train: dict[str, Any], evaluation: dict[str, Any], wrong: bool
 ) -> None:
     config = {"method": {"_target_": method}, "train": train, "eval": {"one": evaluation}}
-    assert bool(mended.outdated(Result({"identity_rule": 6}, {}, config=config))) == wrong
-    assert mended.outdated(Result({"identity_rule": 7}, {}, config=config)) is None
+    assert bool(faults.outdated(Result({"identity_rule": 6}, {}, config=config))) == wrong
+    assert faults.outdated(Result({"identity_rule": 7}, {}, config=config)) is None
 
 
 @pytest.mark.parametrize(
@@ -353,9 +354,9 @@ def test_a_record_trained_without_the_loss_of_the_routers_is_run_again(
     settings |= {"output_router_logits": router_logits, "router_aux_loss_coef": weight}
     (base / "config.json").write_text(json.dumps(settings))
     config = {"model": {"name_or_path": str(base)}, "method": {"r": 2}, "train": {"steps": steps}}
-    assert mended.right_since(config) == (5 if wrong else 2)
-    assert bool(mended.outdated(Result({"identity_rule": 4}, {}, config=config))) == wrong
-    assert mended.outdated(Result({"identity_rule": 5}, {}, config=config)) is None
+    assert faults.right_since(config) == (5 if wrong else 2)
+    assert bool(faults.outdated(Result({"identity_rule": 4}, {}, config=config))) == wrong
+    assert faults.outdated(Result({"identity_rule": 5}, {}, config=config)) is None
 
 
 @pytest.mark.parametrize(
@@ -387,11 +388,11 @@ def test_a_record_whose_texts_the_bases_own_generation_settings_changed_is_run_a
         "eval": {"written": {"num_beams": beams, "max_new_tokens": 8}, "loss": {}},
     }
     held = Result({"identity_rule": 3}, {}, config=config)
-    assert bool(mended.outdated(held)) == wrong
-    assert mended.outdated(held, training=True) is None
-    assert mended.right_since(config) == 1
-    assert mended.outdated(Result({"identity_rule": 4}, {}, config=config)) is None
-    assert mended.outdated(Result({"identity_rule": 3}, {}, config=config | {"eval": {"loss": {}}})) is None
+    assert bool(faults.outdated(held)) == wrong
+    assert faults.outdated(held, training=True) is None
+    assert faults.right_since(config) == 1
+    assert faults.outdated(Result({"identity_rule": 4}, {}, config=config)) is None
+    assert faults.outdated(Result({"identity_rule": 3}, {}, config=config | {"eval": {"loss": {}}})) is None
 
 
 USER_TURN = {"role": "user", "content": "a"}
@@ -420,15 +421,15 @@ def test_a_record_of_turns_that_the_generation_prompt_does_not_begin_is_run_agai
     dataset = {"path": str(rows), "reader": identity.CONVERSATIONS, "prompt": "{prompt}", "answer": "{answer}"}
     config: dict[str, Any] = {"model": {"name_or_path": str(folder)}, "dataset": dataset | {"chat": bool(template)}}
     held = Result({"identity_rule": 4}, {}, config=config)
-    assert bool(mended.outdated(held)) == bool(mended.outdated(held, training=True)) == wrong
-    assert mended.right_since(config) == (5 if wrong else 2)
-    assert mended.outdated(Result({"identity_rule": 5}, {}, config=config)) is None
+    assert bool(faults.outdated(held)) == bool(faults.outdated(held, training=True)) == wrong
+    assert faults.right_since(config) == (5 if wrong else 2)
+    assert faults.outdated(Result({"identity_rule": 5}, {}, config=config)) is None
     rows.write_text(json.dumps(plain))
-    assert mended.outdated(held) is None
+    assert faults.outdated(held) is None
     tested = config | {"eval": {"loss": {"path": str(rows)}}, "dataset": config["dataset"] | {"test_path": str(rows)}}
-    assert mended.outdated(Result({"identity_rule": 4}, {}, config=tested)) is None
+    assert faults.outdated(Result({"identity_rule": 4}, {}, config=tested)) is None
     rows.unlink()  # nobody knows any more
-    assert bool(mended.outdated(held)) == (template is CLOSED)
+    assert bool(faults.outdated(held)) == (template is CLOSED)
 
 
 def of_conversation(folder: Path, template: str, turn: dict[str, Any]) -> dict[str, Any]:
@@ -455,8 +456,8 @@ def test_a_record_whose_turns_ended_or_began_at_another_place_is_run_again(
 ) -> None:
     config = of_conversation(folder, template, turn)
     held = Result({"identity_rule": 7}, {}, config=config)
-    assert bool(mended.outdated(held)) == bool(mended.outdated(held, training=True)) == wrong
-    assert mended.outdated(Result({"identity_rule": 8}, {}, config=config)) is None
+    assert bool(faults.outdated(held)) == bool(faults.outdated(held, training=True)) == wrong
+    assert faults.outdated(Result({"identity_rule": 8}, {}, config=config)) is None
 
 
 GIVEN = "{% set a = call.function.arguments %}{{ call.function.name }}{% if a is string %}{{ a }}{% else %}"
@@ -476,8 +477,8 @@ def test_a_record_whose_calls_were_in_another_form_is_run_again(
     template: str, turn: dict[str, Any], wrong: bool, folder: Path
 ) -> None:
     config = of_conversation(folder, template, turn)
-    assert bool(mended.outdated(Result({"identity_rule": 10}, {}, config=config))) == wrong
-    assert mended.outdated(Result({"identity_rule": 11}, {}, config=config)) is None
+    assert bool(faults.outdated(Result({"identity_rule": 10}, {}, config=config))) == wrong
+    assert faults.outdated(Result({"identity_rule": 11}, {}, config=config)) is None
 
 
 @pytest.mark.parametrize(
@@ -502,10 +503,10 @@ def test_a_record_of_items_of_json_text_is_run_again_and_keeps_its_weights_if_on
         "eval": {"written": own if by_dataset else {}},
     }
     held = Result({"identity_rule": 4}, {}, config=config)
-    assert bool(mended.outdated(held)) == wrong
-    assert bool(mended.outdated(held, training=True)) == (wrong and not by_dataset)
-    assert mended.right_since(config) == (5 if wrong and not by_dataset else 1)
-    assert mended.outdated(Result({"identity_rule": 5}, {}, config=config)) is None
+    assert bool(faults.outdated(held)) == wrong
+    assert bool(faults.outdated(held, training=True)) == (wrong and not by_dataset)
+    assert faults.right_since(config) == (5 if wrong and not by_dataset else 1)
+    assert faults.outdated(Result({"identity_rule": 5}, {}, config=config)) is None
 
 
 @pytest.mark.parametrize(("drops", "cut", "wrong"), [(True, 2, True), (True, 0, False), (False, 2, False)])
@@ -514,10 +515,10 @@ def test_a_record_whose_long_rows_were_cut_though_they_were_to_be_left_out_is_ru
 ) -> None:
     config = {"dataset": {"drop_long": drops}}
     held = Result({"identity_rule": 8}, {}, config=config, train_info={"steps": 4, "truncated_rows": cut})
-    assert bool(mended.outdated(held)) == bool(mended.outdated(held, training=True)) == wrong
-    assert mended.right_since(config) == (9 if drops else 1)
+    assert bool(faults.outdated(held)) == bool(faults.outdated(held, training=True)) == wrong
+    assert faults.right_since(config) == (9 if drops else 1)
     held.run_info["identity_rule"] = 9
-    assert mended.outdated(held) is None
+    assert faults.outdated(held) is None
 
 
 @pytest.mark.parametrize(
@@ -530,9 +531,9 @@ def test_a_record_of_classes_whose_names_begin_alike_is_evaluated_again(
     node = {"_target_": "peftsweep.evaluation.evaluate.classification", "classes": classes}
     config = {"model": {"name_or_path": "tiny", "task": task}, "eval": {"stars": node}}
     held = Result({"identity_rule": 8}, {}, config=config)
-    assert bool(mended.outdated(held)) == wrong
-    assert mended.outdated(held, training=True) is None
-    assert mended.outdated(Result({"identity_rule": 9}, {}, config=config)) is None
+    assert bool(faults.outdated(held)) == wrong
+    assert faults.outdated(held, training=True) is None
+    assert faults.outdated(Result({"identity_rule": 9}, {}, config=config)) is None
 
 
 @pytest.mark.parametrize(("end", "beams", "wrong"), [(28, 2, True), (28, 1, False), (2, 2, False)])
@@ -544,9 +545,9 @@ def test_a_record_whose_texts_held_their_end_mark_is_evaluated_again(
     node = {"num_beams": beams, "max_new_tokens": 8}
     config = {"model": {"name_or_path": str(base)}, "method": {}, "eval": {"written": node, "loss": {}}}
     held = Result({"identity_rule": 8}, {}, config=config)
-    assert bool(mended.outdated(held)) == wrong
-    assert mended.outdated(held, training=True) is None
-    assert mended.outdated(Result({"identity_rule": 9}, {}, config=config)) is None
+    assert bool(faults.outdated(held)) == wrong
+    assert faults.outdated(held, training=True) is None
+    assert faults.outdated(Result({"identity_rule": 9}, {}, config=config)) is None
 
 
 OTHER_KEY = CLOSED.replace("reasoning_content", "reasoning")  # which transformers fills from no other key
@@ -565,8 +566,8 @@ def test_a_record_that_left_out_reasoning_under_another_key_is_run_again(
     dataset = {"path": str(rows), "reader": identity.CONVERSATIONS, "prompt": "{prompt}", "answer": "{answer}"}
     config: dict[str, Any] = {"model": {"name_or_path": str(folder)}, "dataset": dataset | {"chat": True}}
     held = Result({"identity_rule": 8}, {}, config=config)
-    assert bool(mended.outdated(held)) == bool(mended.outdated(held, training=True)) == wrong
-    assert mended.outdated(Result({"identity_rule": 9}, {}, config=config)) is None
+    assert bool(faults.outdated(held)) == bool(faults.outdated(held, training=True)) == wrong
+    assert faults.outdated(Result({"identity_rule": 9}, {}, config=config)) is None
 
 
 def test_a_record_of_the_first_version_is_known_to_be_wrong_by_its_tokens_and_classes(folder: Path) -> None:
@@ -590,8 +591,8 @@ def test_a_record_of_the_first_version_is_known_to_be_wrong_by_its_tokens_and_cl
 def test_a_checkpoint_that_a_mended_fault_made_wrong_is_not_gone_on_from() -> None:
     from peftsweep.training import checkpoint
 
-    assert mended.right_since({"train": {"accumulation": 1}}) == 1
-    assert mended.right_since({"train": {"accumulation": 2}}) == 2
+    assert faults.right_since({"train": {"accumulation": 1}}) == 1
+    assert faults.right_since({"train": {"accumulation": 2}}) == 2
     assert checkpoint.stamp("it", CPU, 2) != checkpoint.stamp("it", CPU, 1) == checkpoint.stamp("it", CPU)
 
 

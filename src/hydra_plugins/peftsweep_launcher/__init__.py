@@ -287,7 +287,7 @@ class LeagueSweeper(TuneSweeper):
 
 
 class EngineLauncher(LocalLauncher):
-    """Gives another launcher what is missing of a sweep, after all of its trials have been checked here."""
+    """Checks all trials of a sweep here, and runs the missing ones through another launcher."""
 
     def __init__(self, engine: DictConfig) -> None:
         super().__init__()

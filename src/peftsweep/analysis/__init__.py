@@ -1,3 +1,3 @@
-"""What is the answer? Tables, statistics, text and figures of a study. Nothing in here imports torch."""
+"""Which configuration is best, and how sure is that? Nothing in here imports torch."""
 
 __all__ = ["collect", "forecast_report", "prune"]

@@ -19,14 +19,14 @@ INTERVAL = 0.9  # what a predicted interval says of itself
 
 @dataclass(frozen=True)
 class Error:
-    """Of predictions of one kind of seconds: relative errors, and how many intervals held the truth."""
+    """Predictions of one kind of seconds: their relative errors, and how many intervals held the measured value."""
 
     errors: tuple[float, ...]  # predicted / measured - 1
     held: int
 
     @property
     def median(self) -> float:
-        """Of the errors without their signs."""
+        """The median of the errors without their signs."""
         return statistics.median(map(abs, self.errors))
 
     @property
@@ -41,7 +41,7 @@ class Error:
 
 
 def error(results: Iterable[Result], kind: str) -> Error | None:
-    """Of the successful trials whose ``kind`` of seconds was predicted and measured; None where there is none."""
+    """The errors of successful trials whose seconds of this ``kind`` were predicted and measured; None without any."""
     errors, held = [], 0
     for result in results:
         predicted, took = result.train_info.get("predicted"), measured(result.train_info).get(kind)

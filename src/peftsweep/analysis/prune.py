@@ -1,4 +1,4 @@
-"""What of a study no report needs: checkpoints, merged models, and adapters but for those of the best trials."""
+"""Files of a study that no report needs: checkpoints, merged models, and adapters of all but the best trials."""
 
 from __future__ import annotations
 

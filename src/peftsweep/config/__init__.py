@@ -1,4 +1,4 @@
-"""What does a command line mean? From composed words to a checked trial with an identity."""
+"""Which checked trial, with which identity, does a command line describe?"""
 
 __all__ = [
     "build",

@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 CONVERSATIONS = "peftsweep.data.tasks.messages"  # the first reader of datasets that hold them
 IDENTITY_LENGTH = 10  # hex digits: a study of 10,000 trials has a clash once in 20,000 studies
 # The version of the rule, which a record keeps; trials are also recognised by earlier versions. Versions 3 to 11 have
-# the hashes of version 2: they mark records whose numbers a fault has changed since then, see trial/mended.py.
+# the hashes of version 2: they mark records whose numbers a fault has changed since then, see trial/faults/.
 IDENTITY_RULE = 11
 # Classes that conf/ names, and the longer names that identities of the first rule have for them.
 NAMES_OF_RULE_1 = {f"peft.{name}": f"peft.tuners.lora.config.{name}" for name in ("KasaConfig", "BdLoraConfig")}

@@ -1,4 +1,4 @@
-"""What is trained on? Files, templates, conversations, tokens, batches."""
+"""How do files and hub datasets become rows, prompts, tokens and batches?"""
 
 __all__ = [
     "batches",

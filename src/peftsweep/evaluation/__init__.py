@@ -1,4 +1,4 @@
-"""Where does a score come from? Metrics, likelihoods, generation, the inference benchmark."""
+"""How is it scored: generation, likelihood, metrics, speed of inference?"""
 
 __all__ = [
     "decoding",

@@ -100,7 +100,7 @@ class Sampling(NamedTuple):
 
     @property
     def options(self) -> dict[str, Any]:
-        """What ``generate`` is given."""
+        """The arguments of ``generate``."""
         return {"do_sample": True, "temperature": self.temperature, "top_p": self.top_p, "top_k": 0, "min_p": 0.0}
 
 
@@ -183,7 +183,7 @@ def _generate(
 
 
 class _Stops:
-    """Texts that end what is written, in whatever tokens they come."""
+    """Stop strings: texts that end a generation, however they are split into tokens."""
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, texts: Sequence[str]) -> None:
         self._tokenizer = tokenizer

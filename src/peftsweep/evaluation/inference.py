@@ -299,9 +299,8 @@ def _release() -> None:
 def bare(base: nn.Module) -> nn.Module:
     """A second tree of modules around the same tensors: what is attached to ``base`` later is not attached to it.
 
-    To be made before a method is attached. It takes no memory worth counting, on bitsandbytes' quantised layers
-    neither. It follows where training changes the base's own weights, so it tells how long the base takes,
-    not what it says.
+    Make it before a method is attached. It takes almost no memory, also with bitsandbytes' quantised layers. Where
+    training changes the base's own weights it changes with them: use it to time the base, not to score it.
     """
     return _copied(base, [])
 
@@ -401,7 +400,7 @@ def _copied(model: nn.Module, own: Sequence[nn.Module]) -> nn.Module:
 
 
 def _tensors(module: nn.Module) -> Iterator[Any]:
-    """What a module itself holds: parameters, buffers, other tensors, and the state of bitsandbytes' layers.
+    """A module's contents without its submodules: parameters, buffers, tensors, state of bitsandbytes' layers.
 
     That state must stay one: the first forward of an 8-bit layer moves the weights there from the parameter.
     """

@@ -188,14 +188,14 @@ class _Unclosable:
 
 
 class Resources(NamedTuple):
-    """What a process has of the system."""
+    """The open files of a process, and the limits that the system sets it."""
 
     open_files: int  # 0 where the system does not say
     limits: dict[int, tuple[int, int]]  # soft and hard, by kind; empty where the system has none
 
     @classmethod
     def now(cls) -> Resources:
-        """Those of this process."""
+        """The resources of this process."""
         process = psutil.Process()
         return cls(
             len(os.listdir(DESCRIPTORS)) if DESCRIPTORS.is_dir() else 0,

@@ -84,7 +84,7 @@ BOX = re.compile(r"\\(?:boxed|fbox)(?:\s*\{|\s+(?P<unbraced>[^\s${}][^\n$]*)\$)"
 
 
 def number_match(prediction: str, answer: str, markers: Sequence[str] = MARKERS) -> Judgement:
-    """The same number as the first one that stands behind a marker such as ``####``, or in the last ``\\boxed{}``.
+    """Whether the prediction has the reference's number behind a marker such as ``####``, or in its last ``\\boxed{}``.
 
     Of what stands behind a marker the first line counts, and a box in it before the rest. Numbers are read by
     `numerals.as_number`; whole ones are compared exactly, others as floats. Where there is neither marker nor box,

@@ -178,7 +178,7 @@ class StaticDecoder:
         self._checked = True
 
     def _state(self) -> list[torch.Tensor]:
-        """What a step changes, beside the entries of the cache that it fills."""
+        """The tensors that a step changes, beside the entries of the cache that it fills."""
         return [self._ids, self._positions, *(layer.cumulative_length for layer in self._layers)]
 
     def _copied_state(self) -> list[torch.Tensor]:

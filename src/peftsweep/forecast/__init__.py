@@ -1,3 +1,3 @@
-"""What is known before anything runs? Memory, refusals, size."""
+"""How much memory and time will a trial take?"""
 
 __all__ = ["duration", "forecast", "guide", "history", "predict", "timing", "work"]

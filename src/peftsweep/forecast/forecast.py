@@ -186,7 +186,7 @@ def _stored(trial: Trial) -> str:
     """The share of the base that is really quantised, in words.
 
     Raises:
-        InputError: nothing of it is.
+        InputError: no layer of it is quantised.
     """
     kept = build.storage(trial)
     if kept is None or not libraries.is_tried(kept):

@@ -1,4 +1,4 @@
-"""What is adapted, and how? Load a base, attach a method to it, save and restore the result."""
+"""How is the base loaded and quantised, and the adapter attached, saved and merged?"""
 
 __all__ = [
     "attach",

@@ -26,7 +26,7 @@ from peftsweep.data.tokens import Tokens
 from peftsweep.errors import InputError
 from peftsweep.models.losses import answer_losses
 from peftsweep.models.parts import as_configured
-from peftsweep.models.quantised.layers import mend
+from peftsweep.models.quantised.layers import patch_layers
 from peftsweep.models.saved import INITIAL
 from peftsweep.study.store import RESIDUAL
 
@@ -184,4 +184,4 @@ def _quantise_again(module: Any, weight: torch.Tensor) -> None:
         module=module,
     )
     module.weight = new.to(old.device)
-    mend(nn.ModuleList([module]))
+    patch_layers(nn.ModuleList([module]))

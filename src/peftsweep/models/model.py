@@ -40,7 +40,7 @@ from peftsweep.models.parts import (
     text_config,
     text_part,
 )
-from peftsweep.models.quantised.layers import is_quantised, mend, not_quantised
+from peftsweep.models.quantised.layers import is_quantised, not_quantised, patch_layers
 from peftsweep.schema import Init, ModelConfig, Task
 from peftsweep.study import store
 
@@ -384,13 +384,13 @@ def load(
             setattr(quantization, name, [*getattr(quantization, name), *new_parts(base)])
             base = _pretrained(model, quantization, options, seed)  # parts that are trained are never quantised
         setattr(base, COMMIT, None if is_local(model) else options["revision"])
-    mend(base)
+    patch_layers(base)
     base.requires_grad_(False)
     return cast(PreTrainedModel, defer_router_loss(base.eval()))
 
 
 def spare(quantization: Any, base: PreTrainedModel) -> None:
-    """Exclude what is trained of a classifier itself, and layers that are never called, from ``quantization``."""
+    """Exclude from ``quantization`` what a classifier trains beside the adapter, and layers that are never called."""
     name = next((name for name in SKIPPED if hasattr(quantization, name)), None)
     heads = [*head_names(base), *new_parts(base)] if classifies(base) else []
     if name is None or not (own := [*dict.fromkeys((*heads, *never_called(base)))]):

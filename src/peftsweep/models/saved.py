@@ -32,7 +32,7 @@ from peftsweep.models.checkpoint.weights import check_end_marks
 from peftsweep.models.losses import METHOD_INPUTS, READS_PADDING
 from peftsweep.models.model import WITH_ADAPTER, is_local, source
 from peftsweep.models.parts import as_configured, text_config
-from peftsweep.models.quantised.layers import dequantise, is_quantised, mend
+from peftsweep.models.quantised.layers import dequantise, is_quantised, patch_layers
 from peftsweep.models.shapes import at_target_rank
 from peftsweep.schema import Init, ModelConfig, Task
 from peftsweep.study.atomic import sync_tree
@@ -318,7 +318,7 @@ def _base_of(base: PreTrainedModel, folder: Path) -> PreTrainedModel:
     if base.device.type == "meta" or not (folder / RESIDUAL).exists():
         return base
     residual = read(folder / RESIDUAL, base)
-    mend(residual)
+    patch_layers(residual)
     return residual
 
 

@@ -1,3 +1,3 @@
-"""Where does a number of time or memory come from? The clock, the profiler, trackers, the display."""
+"""How are time, memory and FLOPs measured, and progress shown?"""
 
 __all__ = ["display", "fast_dtype", "flops", "measure", "profiler", "remaining", "streams", "tracker"]

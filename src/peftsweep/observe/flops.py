@@ -99,7 +99,7 @@ def _four_bit_flops(left: torch.Tensor, _packed: torch.Tensor, shape: Sequence[i
 
 
 def _grouped_flops(left: torch.Tensor, right: torch.Tensor, *_: Any, **__: Any) -> int:
-    """Of a product in groups, such as one an expert: each row, column or inner index belongs to one of the groups.
+    """FLOPs of a grouped product, such as of experts: each row, column or inner index belongs to one group.
 
     [m, k] and [groups, k, n], or [m, k] and [k, n] in groups of k: 2 m k n. [groups, m, k] and [k, n] likewise.
     """

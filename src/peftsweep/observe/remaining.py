@@ -68,7 +68,7 @@ def remaining_of_sweep(running: Sequence[float | None], waiting: Sequence[float 
 
 
 def format_seconds(seconds: float) -> str:
-    """``0.4 s``, ``14 s``, ``3.2 min``, ``5.1 h``, ``2.3 days``."""
+    """A rough time, such as one that is left: ``0.4 s``, ``14 s``, ``3.2 min``, ``5.1 h``, ``2.3 days``."""
     if seconds < 90:
         return f"{seconds:.1f} s" if seconds < 9.95 else f"{seconds:.0f} s"
     for unit, size, most in (("min", 60, 90), ("h", 3600, 48), ("days", 86400, float("inf"))):

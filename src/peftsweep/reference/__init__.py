@@ -1,3 +1,3 @@
-"""What a key or a column means."""
+"""What does a key or a column mean?"""
 
 __all__ = ["keys", "meanings"]

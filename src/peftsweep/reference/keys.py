@@ -271,7 +271,7 @@ def method_keys() -> dict[str, tuple[list[str], list[Key]]]:
 
 @functools.cache
 def _methods() -> dict[str, dict[str, Any]]:
-    """What each yaml of conf/method says of ``method``, with that of the yaml that it continues."""
+    """The ``method`` section of each yaml in conf/method, merged with that of the yaml it is based on."""
     folder = Path(fill.conf_dir()) / "method"
 
     def load(name: str) -> dict[str, Any]:
@@ -291,7 +291,7 @@ def light_keys() -> dict[str, Key]:
 
 
 def all_keys(method: str = "lora") -> dict[str, Key]:
-    """Every key by its name, those of ``method`` as the option of that name has them."""
+    """Every key by its name; the keys of ``method`` are those of the option with that name."""
     found = light_keys()
     for group in (*CALLED, *OPEN_SECTIONS):
         found |= {key.name: key for keys in section_keys(group).values() for key in keys}

@@ -1,3 +1,3 @@
-"""Which point is tried next, and which trial is not worth going on with? A search by Optuna."""
+"""Which point does Optuna try next, and which trial is stopped early?"""
 
 __all__ = ["pruning", "search", "space"]

@@ -1,3 +1,3 @@
-"""What lies on the disk? Records, the folder of a study and its files."""
+"""Which files does a study have, and how are they read, written and locked?"""
 
 __all__ = ["atomic", "claims", "owner", "reading", "record", "rungs", "scores", "store", "sweep_record", "trust"]

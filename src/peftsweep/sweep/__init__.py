@@ -1,3 +1,3 @@
-"""Who runs which trials, when and where? Workers, packs, launchers, halving."""
+"""Which trials of a sweep run, in which process and on which device?"""
 
 __all__ = ["engine", "everything", "halving", "points", "processes", "slurm", "sweep", "workers"]

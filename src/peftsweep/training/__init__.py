@@ -1,4 +1,4 @@
-"""Where is the step? The loop, packs of adapters, checkpoints, compilation."""
+"""How is it trained: step, optimizer, schedule, checkpoints, CUDA graphs, packs?"""
 
 __all__ = [
     "capture",

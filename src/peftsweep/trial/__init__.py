@@ -1,3 +1,3 @@
-"""What happens in one trial? Its stages in order, what it finds done, what its record says of it."""
+"""What happens in one trial, from its claim to its record?"""
 
 __all__ = ["done", "foreseen", "outcome", "session", "task"]

@@ -17,7 +17,7 @@ from peftsweep.study.atomic import make_way
 from peftsweep.study.reading import Unreadable, read_text, read_yaml
 from peftsweep.study.record import Result, Status
 from peftsweep.study.trust import as_text
-from peftsweep.trial import mended
+from peftsweep.trial.faults import faults
 
 FORCED = ".forced"  # in a trial's folder: the token of the last command with force=true that began the trial
 
@@ -65,7 +65,7 @@ def _recognised(trial: Trial, held: Result, key: str, earlier: str) -> bool:
     """
     mine, taken = getattr(trial, key), held.run_info.get("recognised") or {}
     return mine in (held.run_info.get(key), taken.get(key)) or (
-        mended.rule_of(held) == 1 and held.run_info.get(key) == earlier and not taken
+        faults.rule_of(held) == 1 and held.run_info.get(key) == earlier and not taken
     )
 
 
@@ -76,7 +76,7 @@ def outdated(trial: Trial) -> str | None:
 
 
 def _fault(held: Result) -> str | None:
-    return mended.outdated(held) if held.status in rungs.TRAINED_STATUSES else None
+    return faults.outdated(held) if held.status in rungs.TRAINED_STATUSES else None
 
 
 def damaged(trial: Trial) -> str | None:
@@ -89,7 +89,7 @@ def trained(trial: Trial) -> Result | None:
     root, earlier = store.folder(trial.config.study), trial.earlier
     for training in (trial.training, *([earlier.training] if earlier else [])):
         held = None if trial.config.force else store.trained(root, training)
-        if held and not mended.outdated(held, training=True) and _recognised(trial, held, "training", training):
+        if held and not faults.outdated(held, training=True) and _recognised(trial, held, "training", training):
             return held
     return None
 

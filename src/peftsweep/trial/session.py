@@ -37,18 +37,18 @@ from peftsweep.study.reading import Unreadable
 from peftsweep.study.record import Result
 from peftsweep.training import checkpoint, compiled, graphs, length, loop, optimizer, run
 from peftsweep.training.run import Trained
-from peftsweep.trial import foreseen, mended, seen
+from peftsweep.trial import foreseen, seen
 from peftsweep.trial.done import Oversized, Refused, folder, trained
+from peftsweep.trial.faults import faults
 from peftsweep.trial.outcome import Attempts, log_step, train_cost, train_info
 from peftsweep.trial.scores import COST, EvaluationCache, base_scores
 from peftsweep.trial.stages import merge_adapter, reload_adapter, row_sources
 
 log = logging.getLogger(__name__)
 Answers = tuple[batches.Batch, torch.Tensor]  # a batch, and a model's losses on it
-MAX_STEP_SIZE_DIFFERENCE = (
-    0.1  # share of the trial's median step size; a larger difference of profiled steps is warned of
-)
-MEASURED_STEPS = 13  # the first three are left out
+# The largest difference of profiled steps from the trial's median step size, as a share of it, without a warning.
+MAX_STEP_SIZE_DIFFERENCE = 0.1
+MEASURED_STEPS = 13  # of a packed trial's step alone; its times leave out the first three
 OCCUPIED_BYTES = 1e9  # bytes of a device that other processes hold, beyond those of its driver
 
 
@@ -234,7 +234,7 @@ class Session:
 
     def checkpoints(self) -> checkpoint.Checkpoints:
         """The checkpoints of the training, which continues from the newest one."""
-        trial, since = self.trial, mended.right_since(self.trial.tree)
+        trial, since = self.trial, faults.right_since(self.trial.tree)
         trainings = [trial.training, *([trial.earlier.training] if trial.earlier else [])]
         stamps = [checkpoint.stamp(training, self.meter.device, since) for training in trainings]
         place = self.place / store.CHECKPOINTS

@@ -1,3 +1,3 @@
-"""Which trial is worth running next? sweep=tune and sweep=league, as functions of the results so far."""
+"""Which trial does sweep=tune or sweep=league run next, and what does it decide?"""
 
 __all__ = ["command"]

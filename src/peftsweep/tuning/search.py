@@ -36,7 +36,7 @@ class Until(IntEnum):
 
 @dataclass(frozen=True)
 class Point:
-    """One trial of a tuning. With None as size or targets it has those of the method's yaml."""
+    """One trial of a tuning; a size or targets of None are those of the method's yaml."""
 
     method: str
     rate: float

@@ -1,3 +1,3 @@
-"""Commands on a few rows or one trial: show the tokens of a row, and write text with a trained model."""
+"""What do peftsweep-data show and peftsweep-chat print?"""
 
 __all__ = ["chat_with", "show_rows"]

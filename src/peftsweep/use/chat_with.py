@@ -151,7 +151,7 @@ def _converses(trial: Trial) -> bool:
 
 @dataclass(frozen=True)
 class Form:
-    """How a prompt becomes that of a training row: a column of the dataset's template, beside the ``others``."""
+    """The form of a training row for a prompt: a ``column`` of the dataset's template, beside ``others``."""
 
     dataset: DatasetConfig
     column: str | None = None  # None: the prompt stands as it is

@@ -31,9 +31,10 @@ def task_searches(searches: Sequence[Search], task: Task, *, alone: bool) -> lis
 
 
 def advice(task: Task, general: Advice, searches: Sequence[Search]) -> Advice:
-    """What a tuning decided to use, with the base's comparison; ``general`` where there is none, or it knows more.
+    """The configuration that a tuning chose, with its comparison with the base.
 
-    It knows more where it chooses by trials that the search did not judge, and these are shown to be better.
+    It is ``general``, the choice among all trials of the study, where there was no tuning, or where trials that the
+    tuning did not judge are shown to be better.
     """
     general = _with_league(general, searches)
     search = next((one for one in searches if one.name == TUNE and one.decision.verdict), None)

@@ -199,7 +199,7 @@ def _answers(task: Task) -> Iterator[Table]:
 
 
 def _validation(task: Task, steps: pd.DataFrame) -> Iterator[Table]:
-    """Of each trial the validation figures: first, best and last; and the learning rate's course."""
+    """The validation figures of each trial: first, best and last; and the course of the learning rate."""
     if "trial" not in steps:
         return
     order = {n: place for place, n in enumerate(best_first(task))}
@@ -247,7 +247,7 @@ def _course(logged: pd.DataFrame, metric: str) -> dict[str, Any]:
 
 
 def _compilation(task: Task, steps: pd.DataFrame) -> Iterator[Table]:
-    """What compiling cost and gained: seconds, graphs, breaks, the speed-up of a step and when it has paid."""
+    """What compilation cost and gained: seconds, graphs, breaks, the speed-up of a step, and when it pays off."""
     facts = [c for c in _own(task, "train_info.") if "compile" in c and c not in (SPEED_UP, BREAK_EVEN)]
     if COMPILE not in task.table or not facts:
         return

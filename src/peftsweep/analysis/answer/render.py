@@ -75,12 +75,12 @@ def notes(table: Table, rows: int) -> Iterator[str]:
 
 
 def plain(text: str) -> str:
-    """A sentence without its marks; what is code in it, such as a command, as it is."""
+    """A sentence without marks of Markdown; code in it, such as a command, is unchanged."""
     return "".join(piece if is_code else _unmarked(piece) for is_code, piece in _pieces(text))
 
 
 def _pieces(sentence: str) -> Iterator[tuple[bool, str]]:
-    """The parts of a sentence, and of each whether it is code."""
+    """The parts of a sentence, each with whether it is code."""
     parts = re.split(r"(?<!\\)(`+)(?!`)(.+?)(?<!`)\1(?!`)", sentence)
     for place in range(0, len(parts), 3):
         yield False, parts[place]

@@ -64,7 +64,7 @@ class Score:
 
 @dataclass(frozen=True)
 class Need:
-    """What to use for a need, such as little memory."""
+    """The configuration to use for a need, such as little memory."""
 
     need: str
     configuration: str

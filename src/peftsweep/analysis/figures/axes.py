@@ -185,7 +185,7 @@ def _category_axis(ax: Any, names: Sequence[str]) -> None:
 
 
 def _draw_bases(ax: Any, bases: Sequence[float]) -> None:
-    """A line at each untouched base's score, or the numbers in words where a line would flatten what is compared."""
+    """Draw a line at each untouched base's score; where it would stretch the axis too far, write the scores as text."""
     (low, high), lowest, highest = ax.get_ylim(), min(bases), max(bases)
     name = "untouched base" if lowest == highest else "untouched bases"
     on_axis = lowest > 0 or ax.get_yscale() != "log"
@@ -258,7 +258,7 @@ def scale(cost: Cost, values: pd.Series[Any]) -> tuple[float, str, Callable[[flo
 
 
 def log_axis(axis: Any, written: Callable[[float], str] = _short_number) -> None:
-    """A logarithmic axis whose ticks are plain numbers, or ``written`` so, as many as there is room for."""
+    """Make the axis logarithmic, with as many ticks as have room: plain numbers, or as ``written`` formats them."""
     from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
     low, high = axis.get_data_interval()
@@ -318,9 +318,9 @@ def of_several_places(rows: pd.DataFrame, shown: Sequence[str | Cost]) -> str:
 
 
 def name_points(ax: Any, x: Any, y: Any, names: Any, all_x: Any, all_y: Any) -> None:
-    """Write the name of each point where it covers no name and little else, as near as there is room; or not at all.
+    """Write the name of each point near it, where it covers no other name and little else; without room leave it out.
 
-    To be called when all else of the figure is drawn, as it settles the layout.
+    Call it after everything else of the figure is drawn, because it fixes the layout.
     """
     points = ax.figure.dpi / 72
     inside = ax.get_window_extent()

@@ -149,7 +149,7 @@ class Measured:
 
     @property
     def varies(self) -> NDArray[np.bool_]:
-        """Of which configurations [k] it is known how much their score varies with seeds or rows."""
+        """Whether it is known how much the score of each configuration varies with seeds or rows, [k]."""
         if self.rows is not None or ((self.seeds > 1).any() and not self.unlike_rows):
             return np.ones(len(self.means), dtype=bool)
         return np.isfinite(self.stderrs)

@@ -25,7 +25,7 @@ class Correlation:
 
 
 def rank_correlation(first: Sequence[float], second: Sequence[float]) -> Correlation:
-    """Whether what is better in ``first`` is better in ``second``; pairs with a gap are left out.
+    """Spearman's rank correlation of two series of equal length; pairs with a missing value are left out.
 
     The interval is by Fisher's z with the standard error of Bonett and Wright (Psychometrika 65, 2000).
     """

@@ -119,12 +119,12 @@ class Task:
         return compared.index[compared["verdict"].isin(["best", "tie"])]
 
     def not_compared(self, score: str) -> pd.Index[Any]:
-        """Those whose difference from the best has no known uncertainty, such as those without a standard error."""
+        """Configurations whose difference from the best has no known uncertainty, as without a standard error."""
         compared = self.compare(score)
         return compared.index[compared["verdict"].eq("unknown")]
 
     def near(self, score: str) -> pd.Index[Any]:
-        """Those of the tie that lie within one standard error of the best, among which costs may decide.
+        """The tied configurations within one standard error of the best, among which costs may decide.
 
         What is not shown to be better than the untouched base is left out, as nothing is gained by using it.
         """
@@ -135,7 +135,7 @@ class Task:
         return near if len(near) else useful[:1]
 
     def useful(self, score: str) -> pd.Index[Any]:
-        """Those that are shown to be better than the untouched base, the best first; all where that is not known."""
+        """Configurations shown to be better than the untouched base, best first, or for which that is not known."""
         compared = self.compare(score)
         return compared.index[compared["gained"].isin(["better", "unknown"])]
 
@@ -153,7 +153,7 @@ class Task:
         return {c: self.configurations[c] for c in self.configurations.columns}
 
     def lost(self, score: str) -> dict[Any, Lost]:
-        """Of the configurations with a ``score``, those of which seeds have none as they did not come to a number.
+        """The configurations with a ``score`` that some of their seeds lack, for want of a finite number.
 
         Their figures are of the other seeds alone, which may have been the lucky ones.
         """
@@ -172,7 +172,7 @@ class Task:
 
     @cached_property
     def _ended_badly(self) -> dict[Any, dict[str, int]]:
-        """Of each configuration the seeds that failed or were stopped early, by status.
+        """The number of seeds of each configuration that failed or were stopped early, by status.
 
         A search stops trials at their end too, before the test rows (``halving.test=false``), which is no bad sign.
         """

@@ -127,7 +127,7 @@ def is_share(column: str, values: pd.Series[float]) -> bool:
 
 
 def binomial(column: str, value: pd.Series[float], stderr: pd.Series[float], n: pd.Series[float]) -> pd.Series[bool]:
-    """Of which scores the rows are right or wrong, as far as value, standard error and number of rows can tell."""
+    """Which scores are shares of right rows, as far as value, standard error and number of rows can tell."""
     alike = np.isclose(stderr.fillna(0.0) ** 2 * (n - 1), value * (1 - value))
     return pd.Series(alike & is_share(column, value) & (n > 0), index=value.index)
 

@@ -231,7 +231,7 @@ def settings(table: pd.DataFrame) -> list[str]:
 
 
 def setting_columns(table: pd.DataFrame) -> list[str]:
-    """Those of ``settings`` that are not the same in all of ``table``."""
+    """The ``settings`` that differ between rows of ``table``."""
     return [c for c in settings(table) if table[c].nunique(dropna=False) > 1]
 
 

@@ -70,13 +70,13 @@ def read(folder: Path) -> list[Result]:
 
 
 def _without_copies(results: Iterable[Result]) -> list[Result]:
-    """Of several folders of one trial only that which is done, newest, and named as when it was made.
+    """One record for each trial: of several folders that hold it, the one that is done, newest, and has its first name.
 
-    A folder that was copied for safety would else count as another seed, in every table and interval.
+    Without this a copied folder would count as another seed, in every table and interval.
     """
     kept = dict[str, Result]()
     for place, result in enumerate(sorted(results, key=_precedence, reverse=True)):
-        identity = result.run_info.get("identity")  # records of old had none
+        identity = result.run_info.get("identity")  # records of the first version have none
         held = kept.setdefault(str(place) if identity is None else f"identity {identity}", result)
         if held is not result:
             print(f"skipped: {printable(result.folder)}: the same trial as {printable(held.folder)}", file=sys.stderr)
@@ -185,13 +185,13 @@ def newest(table: pd.DataFrame) -> pd.DataFrame:
         ["done", "run_info.created_at"], kind="stable"
     )
     identity = table.loc[order.index, "run_info.identity"]
-    kept = order.index[~identity.duplicated(keep="last") | identity.isna()]  # records of old had none
+    kept = order.index[~identity.duplicated(keep="last") | identity.isna()]  # records of the first version have none
     return table.loc[sorted(kept)]
 
 
 @dataclass
 class _Names:
-    """What an object in the rows has held so far: the columns of its plain values, and the objects in it."""
+    """The contents of an object in the rows so far: the columns of its plain values, and the objects in it."""
 
     prefix: str = ""
     columns: dict[str, list[Any]] = field(default_factory=dict)

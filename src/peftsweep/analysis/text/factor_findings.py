@@ -68,7 +68,7 @@ def _two_levels(task: Task, factor: str, score: str, row: Mapping[str, Any]) -> 
 
 
 def _depends(row: Mapping[str, Any]) -> str:
-    """That the average hides opposite differences, where the settings show both."""
+    """A sentence that the average hides opposite differences, where the settings show both."""
     if not row["better_in"] or not row["worse_in"]:
         return ""
     return (

@@ -149,7 +149,7 @@ def _best(task: Task, score: str) -> str:
 
 
 def _partly_compared(task: Task, score: str, ties: Sequence[Any], unknown: pd.Index[Any]) -> str:
-    """What is known of the others where of some the uncertainty of their difference from the best is not known."""
+    """What is known of the other configurations, where some differences from the best have no known uncertainty."""
     if len(unknown) == len(task.compare(score)) - 1:
         return "the uncertainty is not known"
     worse = int(task.compare(score)["verdict"].eq("worse").sum())
@@ -329,7 +329,7 @@ def _listed(names: Sequence[str]) -> str:
 
 
 def _not_ruled_out(task: Task, score: str) -> str:
-    """What might still be a gain, where none is shown: what the interval leaves, and what was not tried."""
+    """Where no gain is shown: how large it may still be by the interval, and what was not tried."""
     compared, parts = task.compare(score), list[str]()
     most = compared["gain_high"].max() if (columns.direction(score) or 1) > 0 else -compared["gain_low"].min()
     if words.known(most) and most > 0:

@@ -71,7 +71,7 @@ def cost(column: str, value: float) -> str:
 
 
 def seconds(value: float) -> str:
-    """Seconds in the unit that suits them."""
+    """A measured time in its unit, with digits to compare it: ``45 µs``, ``9.1 s``, ``17 min``."""
     if value == 0:
         return "0 s"
     if value < 1e-3:
@@ -158,7 +158,7 @@ def p_is(p: float) -> str:
 
 
 def _p_digits(p: float) -> str:
-    """In three digits, or in as many as show on which side of 0.05 it lies."""
+    """A p-value in three digits, or in as many as show on which side of 0.05 it lies."""
     return next((text for n in (3, 4, 5) if float(text := f"{p:.{n}f}") != 0.05), f"{p:.6f}")
 
 

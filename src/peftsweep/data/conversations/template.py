@@ -131,7 +131,7 @@ class ChatTemplate:
 
     @cached_property
     def empty_contents(self) -> list[Message]:
-        """Those of ``EMPTY`` with which the template writes a call with the fewest special tokens and empty words."""
+        """The members of ``EMPTY`` with which the template writes the fewest special tokens and empty words."""
         form = ARGUMENTS if self.takes_objects else json.dumps(ARGUMENTS)
         faults = []
         for content in EMPTY:

@@ -129,7 +129,7 @@ def quantise_skeleton(base: PreTrainedModel, quantization: Any) -> None:
         for name, weight in [*base.named_parameters()]:
             if quantizer.param_needs_quantization(base, name):
                 convert({name: [weight.detach()]}, model=base, full_layer_name=name, missing_keys=set())
-    mend(base)
+    patch_layers(base)
     quantizer.postprocess_model(base)  # marks the model as quantised for PEFT
 
 
@@ -169,7 +169,7 @@ class _Linear8bit(Linear8bitLt):
         return cast(torch.Tensor, super().forward(x.flatten(0, -2)).unflatten(0, x.shape[:-1]))
 
 
-def mend(base: nn.Module) -> None:
+def patch_layers(base: nn.Module) -> None:
     """Correct what bitsandbytes' layers do wrong.
 
     On an AVX512-BF16 CPU they repack 4-bit weights at the first evaluation. The packed form has no backward: every
