@@ -68,6 +68,7 @@ def reload_adapter(
         with torch.no_grad():
             answered = models_losses.answer_losses(again, probe)
     except Exception as error:  # PEFT may raise any error; the trial itself has succeeded
+        store.raise_unwritable(error)
         log.exception("the saved adapter cannot be loaded")
         return {"reloads": False, "reload_error": record.one_line(error)}
     same = _same(trial, answered, losses)
@@ -101,8 +102,9 @@ def merge_adapter(
         log.warning("adapter.merge=true: %s", error)
         return {"merges": False, "merge_error": str(error)}
     except Exception as error:  # PEFT may raise any error; the trial itself has succeeded
-        log.exception("the adapter cannot be merged")
         shutil.rmtree(folder, ignore_errors=True)
+        store.raise_unwritable(error)
+        log.exception("the adapter cannot be merged")
         return {"merges": False, "merge_error": record.one_line(error)}
     merges = _same(trial, found, expected, MERGE_TOLERANCE)
     if not merges:
