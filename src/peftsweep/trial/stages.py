@@ -17,7 +17,7 @@ from peftsweep.config.identity import model_identity
 from peftsweep.data import batches, fingerprint
 from peftsweep.data import rows as data_rows
 from peftsweep.models import losses as models_losses
-from peftsweep.models import model, parts, saved
+from peftsweep.models import model, saved
 from peftsweep.schema import Dtype
 from peftsweep.study import record, store
 
@@ -92,8 +92,7 @@ def merge_adapter(
         with torch.no_grad():
             expected = models_losses.answer_losses(adapted, probe) if _rounds(trial) else losses
         written = saved.merge(adapted)
-        with parts.as_configured(written):
-            written.save_pretrained(folder)
+        saved.save(written, folder)
         tokenizer.save_pretrained(folder)
         merged = saved.read(folder, written)
         with torch.no_grad():
