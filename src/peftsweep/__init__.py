@@ -51,6 +51,8 @@ def run(overrides: Sequence[str] = ()) -> Result:
     ``peftsweep method=lora method.r=16``. The folders are the same too. A trial that fails returns
     its record, with ``result.status == "failed"`` and ``result.error``. With ``dry_run=true`` nothing is trained:
     the plan is printed and written, and of a new trial a record comes back, with ``result.status == "planned"``.
+    With ``force=true`` a call that was killed or interrupted goes on when it is made again; after one that has come to
+    its end everything is run again.
 
     Raises:
         InputError: the overrides do not describe a trial; nothing was loaded.

@@ -241,19 +241,10 @@ def run_one(overrides: list[str]) -> Result:
     """Run one trial from Python: see ``peftsweep.run``."""
     check_platform()
     sweep_record.command_begins()
-    from peftsweep.config import build
-    from peftsweep.forecast import forecast
     from peftsweep.sweep import sweep
-    from peftsweep.trial import done, task
 
-    one = _trial(*_one_point(overrides, "peftsweep.run"))
-    if one.config.dry_run:
-        return sweep.planned(one)
-    forecast.check(one)
-    if done.finished(one) is None:
-        build.check_available(one)
-    with sweep.terminable():
-        return task.run(one)
+    words = _one_point(overrides, "peftsweep.run")
+    return sweep.run_alone(_trial(*words), store.with_own_options(words))
 
 
 def _one_point(words: Sequence[str], taker: str) -> list[str]:

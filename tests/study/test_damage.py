@@ -275,6 +275,22 @@ def test_damaged_predictions_are_named_and_read_as_none(
     assert len(read(ranks[1].name, "perplexity")) == 8
 
 
+def test_weights_that_another_user_alone_may_read_are_no_damage(
+    trained: Callable[..., Result], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    place = trained().folder
+    assert place is not None
+    modes = {file.name: file.stat().st_mode & 0o777 for file in (place / store.ADAPTER).iterdir()}
+    assert set(modes.values()) == {place.stat().st_mode & 0o666}  # safetensors writes its files for their owner alone
+    monkeypatch.setattr(
+        store, "damage_of_weights", lambda folder: f"{folder}: Permission denied" if folder.exists() else None
+    )
+    for may, damage in ((False, None), (True, f"{place / store.ADAPTER}: Permission denied")):
+        monkeypatch.setattr(os, "access", lambda file, _, may=may: may)
+        store._damage.cache_clear()
+        assert store.damage(place) == damage
+
+
 @pytest.mark.parametrize("way", [way for way in ANY if way not in ("an empty object", "NaN", "huge")])
 @pytest.mark.parametrize("name", ["adapter_config.json", "adapter_model.safetensors"])
 def test_a_damaged_adapter_is_named_and_taken_by_no_other_trial(name: str, way: str, ranks: list[Path]) -> None:

@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import errno
+import multiprocessing
 import os
 import re
 import signal
+import socket
 import subprocess
 import sys
+import tempfile
 import time
 import uuid
 from collections.abc import Callable
+from multiprocessing import forkserver, resource_tracker
 from multiprocessing.context import ForkServerProcess
 from pathlib import Path
 
@@ -350,6 +354,29 @@ def test_a_worker_starts_though_the_socket_of_the_fork_server_was_deleted(scratc
         "print(processes.start(processes.CPU, 1).process._start_method)",
     )
     assert (done.returncode, done.stdout, done.stderr) == (0, "spawn\n", "")
+
+
+def test_the_socket_of_workers_has_a_short_path_where_temporary_files_have_a_long_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (long := tmp_path / ("x" * 100)).mkdir()
+    monkeypatch.setattr(tempfile, "tempdir", str(long))
+    own = vars(multiprocessing.current_process())["_config"]
+    monkeypatch.setitem(own, "tempdir", None)
+    processes._have_temporary_folder()
+    with socket.socket(socket.AF_UNIX) as listener:
+        listener.bind(f"{own['tempdir']}/listener-12345678")
+
+
+def test_where_no_socket_can_be_made_workers_are_spawned(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refused() -> None:
+        raise OSError("AF_UNIX path too long")
+
+    monkeypatch.setattr(processes, "_method", "forkserver")
+    monkeypatch.setattr(forkserver, "ensure_running", refused)
+    monkeypatch.setattr(resource_tracker, "ensure_running", lambda: None)
+    processes.begin_to_import()
+    assert processes._method == "spawn"
 
 
 @pytest.mark.parametrize("error", [OSError(errno.EAGAIN, os.strerror(errno.EAGAIN)), EOFError()])

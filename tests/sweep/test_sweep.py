@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import json
 import os
@@ -15,10 +16,11 @@ from typing import Any
 
 import pytest
 
+from peftsweep import cli
 from peftsweep.config.compose import Trial
 from peftsweep.study import atomic
 from peftsweep.study.record import Result, Status
-from peftsweep.trial import outcome, task
+from peftsweep.trial import done, outcome, task
 from tests.conftest import ALL_TARGETS, SMALL, UNWRITTEN, records, scores, start, wait_for
 
 Command = Callable[..., tuple[int, str, str]]
@@ -61,6 +63,27 @@ def test_a_command_with_force_that_was_cut_off_goes_on_and_one_that_ended_begins
     code, out, _ = command(*words)
     assert (code, ran) == (0, [2, 4, 8] * 2)
     assert "run once more" not in out
+
+
+def test_a_call_from_python_with_force_that_was_cut_off_goes_on_and_one_that_ended_begins_anew(
+    monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    anew: list[bool] = []
+
+    def begun(trial: Trial, place: Path, observer: Any) -> Result:
+        anew.append(done.anew(trial))
+        result = outcome.begin(trial, place)
+        if len(anew) < 3:
+            raise KeyboardInterrupt
+        return result
+
+    monkeypatch.setattr(task, "_run_claimed", begun)
+    words = [*UNWRITTEN, "force=true"]
+    for number in range(4):
+        with pytest.raises(KeyboardInterrupt) if number < 2 else contextlib.nullcontext():
+            cli.run_one(words)
+    assert anew == [True, False, False, True]
+    assert "goes on with the same command of " in capfd.readouterr().err
 
 
 def test_a_failing_trial_does_not_stop_the_others(command: Command, fails_at_rank: Callable[[int], None]) -> None:

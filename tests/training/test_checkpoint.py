@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+import io
 import itertools
 import json
 import logging
@@ -9,6 +11,7 @@ import os
 import signal
 import time
 from collections.abc import Callable, Iterator
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +28,7 @@ from peftsweep.evaluation import likelihood
 from peftsweep.models import model
 from peftsweep.observe.measure import Meter
 from peftsweep.schema import TrainConfig
-from peftsweep.study import record, sweep_record
+from peftsweep.study import atomic, record, sweep_record
 from peftsweep.study.record import Result, Status
 from peftsweep.tiny import task
 from peftsweep.training import checkpoint, length, loop
@@ -277,6 +280,32 @@ def test_a_kill_while_writing_leaves_the_one_before(
     assert kept.find() == 4
     kept.save(12, parts(12))
     assert [file.name for file in (scratch / "checkpoints").iterdir()] == ["step-12.pt"]
+
+
+@pytest.mark.parametrize(
+    ("code", "times", "ends"), [(errno.EIO, 2, True), (errno.EIO, 3, False), (errno.ENOSPC, 1, False)]
+)
+def test_the_error_of_the_disk_is_told_and_one_of_a_moment_is_got_over(
+    code: int, times: int, ends: bool, kept: checkpoint.Checkpoints, scratch: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """torch ends the file that it could not write, and would say only that this failed."""
+    monkeypatch.setattr(atomic, "PAUSES", (0.0, 0.0))
+    left = iter(range(times))
+
+    class Faulty(io.FileIO):
+        def write(self, data: Any) -> int:
+            raise OSError(code, os.strerror(code))
+
+    def opened(file: Path, mode: str, **options: Any) -> Any:
+        return Faulty(file, mode) if mode == "wb" and next(left, None) is not None else open(file, mode, **options)
+
+    kept.save(4, parts(4))
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "open", opened)
+        with nullcontext() if ends else pytest.raises(OSError, match=os.strerror(code)):
+            kept.save(8, parts(8))
+    assert kept.find() == (8 if ends else 4)
+    assert len(list((scratch / "checkpoints").iterdir())) == 1
 
 
 def test_one_that_is_broken_is_ignored_with_a_warning(

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import errno
 import functools
 import gc
 import json
+import logging
+import os
 import weakref
 from collections.abc import Callable
 from dataclasses import replace
@@ -19,13 +22,17 @@ import torch
 from peftsweep import InputError, cli
 from peftsweep.config import build
 from peftsweep.config.compose import Trial
+from peftsweep.errors import Unwritable
 from peftsweep.evaluation import evaluate
 from peftsweep.forecast import forecast
 from peftsweep.models import losses
+from peftsweep.observe.display import Observer
+from peftsweep.observe.measure import Meter
 from peftsweep.study import sweep_record
 from peftsweep.study.record import Result, Status
+from peftsweep.sweep import pack
 from peftsweep.training import loop
-from peftsweep.trial import done
+from peftsweep.trial import done, outcome, stages
 from peftsweep.trial.done import Oversized
 from peftsweep.trial.session import Session
 
@@ -106,6 +113,40 @@ def test_how_generation_is_timed_belongs_to_the_identity_and_its_prompts_by_cont
     trials = [compose(*point) for point in words]
     assert len({one.identity for one in trials}) == 5
     assert len({one.training for one in trials}) == 1
+
+
+def full_disk(*_: Any, **__: Any) -> Any:
+    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+
+def test_no_full_disk_becomes_a_fact_of_a_record(
+    compose: Compose, scratch: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What fails to merge, to load or to be profiled is a fact that stays; what the disk refuses is tried again."""
+    trial, probe = compose(), Mock()
+    monkeypatch.setattr(build, "load_base", full_disk)
+    for stage in (stages.reload_adapter, stages.merge_adapter):
+        with pytest.raises(Unwritable, match="No space left on device; finished trials are kept"):
+            stage(trial, scratch, Mock(), probe, torch.zeros(1))
+    session = Session(trial, Result({}, {}, {}), Meter(torch.device("cpu")), Observer())
+    with pytest.raises(Unwritable, match="No space left"):
+        session.profile(full_disk)
+    assert "profile" not in session.info
+    slot = object.__new__(pack._Slot)
+    with pytest.raises(Unwritable, match="No space left"), slot.own():
+        full_disk()
+
+
+def test_a_line_of_the_log_that_the_disk_does_not_take_is_left_out(
+    scratch: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with outcome.logged(scratch / "trial.log"):
+        with monkeypatch.context() as patch:
+            patch.setattr(logging.StreamHandler, "flush", full_disk)
+            logging.getLogger().warning("lost")
+        logging.getLogger().warning("kept")
+    assert "kept" in (scratch / "trial.log").read_text()
+    assert capfd.readouterr() == ("", "")
 
 
 def test_a_done_trial_is_profiled_and_not_trained_again(trained: RunSmall, run_small: RunSmall) -> None:

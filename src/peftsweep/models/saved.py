@@ -9,7 +9,7 @@ import re
 import warnings
 import zipfile
 from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext, suppress
 from functools import lru_cache
 from pathlib import Path
 from typing import Any, cast
@@ -174,6 +174,9 @@ def save(model: PreTrainedModel | PeftModel, folder: Path) -> int:
     else:
         with as_configured(model):
             model.save_pretrained(str(folder))
+    for file in folder.rglob("*.safetensors"):  # version 0.8 writes them for their owner alone, whatever the umask is
+        with suppress(OSError):  # a disk without permissions
+            file.chmod(file.parent.stat().st_mode & 0o666)
     sync_tree(folder)
     return sum(file.stat().st_size for file in folder.glob("*.safetensors"))
 

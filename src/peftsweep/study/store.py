@@ -6,7 +6,7 @@ import errno
 import functools
 import os
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
 
@@ -46,8 +46,7 @@ OWN_EVALUATIONS = ("peftsweep.evaluation.evaluate.", "peftsweep.evaluate.")
 NO_SPACE_ERRNOS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS)
 # Errors of files in a study, mostly on network file systems.
 UNWRITABLE_ERRNOS = (errno.EACCES, errno.EPERM, errno.EFBIG, errno.EEXIST, errno.ENOTDIR, errno.EISDIR, *TRANSIENT)
-# Messages of writers that raise no OSError: safetensors uses the words of the system, torch its own.
-NO_SPACE_MESSAGES = (*map(os.strerror, NO_SPACE_ERRNOS), "PytorchStreamWriter failed writing")
+NO_SPACE_MESSAGES = (*map(os.strerror, NO_SPACE_ERRNOS),)  # of safetensors, which raises no OSError
 
 
 def with_own_options(words: Sequence[str]) -> list[str]:
@@ -214,6 +213,8 @@ def _damage(trial: Path, versions: tuple[tuple[str, int, int], ...]) -> str | No
     except Unreadable as error:
         return str(error)
     for folder in (trial / ADAPTER, trial / MERGED):
+        if not all(os.access(file, os.R_OK) for file in folder.glob("*")):
+            continue  # another user's, who may read them
         if wrong := damage_of_weights(folder):
             return wrong
         if any(folder.glob("*")) and not _holds_weights(folder):
@@ -318,14 +319,9 @@ def _mark(study: Path, training: str) -> Path:
 
 
 def unwritable(error: BaseException) -> Unwritable | None:
-    """``error`` as ``Unwritable`` if it says that the study cannot be written; else None.
-
-    On a full disk torch fails to end the file that it has begun, and says only that: the error of the disk is the one
-    before.
-    """
+    """``error`` as ``Unwritable`` if it says that the study cannot be written; else None."""
     if isinstance(error, Unwritable):
         return error
-    error = next((one for one in _raised(error) if getattr(one, "errno", None) in NO_SPACE_ERRNOS), error)
     where = Path(str(getattr(error, "filename", None) or ROOT))
     if isinstance(error, OSError):
         ours = _in_a_study(where)
@@ -340,15 +336,17 @@ def unwritable(error: BaseException) -> Unwritable | None:
     return Unwritable(f"{where}: {reason}; finished trials are kept, the same command continues") if reason else None
 
 
+def raise_unwritable(error: BaseException) -> None:
+    """Let no ``error`` of the study's disk become a fact or a failure of one trial: the same command would keep it.
+
+    Raises:
+        Unwritable: ``error`` says that the study cannot be written.
+    """
+    if full := unwritable(error):
+        raise full from error
+
+
 def _in_a_study(path: Path) -> bool:
     """Whether ``path`` lies below multirun/ by its name (a study may be a link to another disk) or without links."""
     named, real = path.absolute(), path.resolve()
     return ROOT.absolute() in (named, *named.parents) or ROOT.resolve() in (real, *real.parents)
-
-
-def _raised(error: BaseException) -> Iterator[BaseException]:
-    """``error``, and the errors that it was raised from or while they were handled, the last one first."""
-    one: BaseException | None = error
-    while one is not None:
-        yield one
-        one = one.__cause__ or (None if one.__suppress_context__ else one.__context__)

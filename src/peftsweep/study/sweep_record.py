@@ -96,7 +96,7 @@ class SweepRecord:
         self._left = 0
 
     def resume_forced(self) -> str | None:
-        """With ``force=true``: take the token of the same command that was cut off, if there is one; returns its date.
+        """With ``force=true``: take the token of the same command that was cut off; a line about it, None without one.
 
         The trials that it has run are then done, and those that it has begun go on, as after any other cut. Other
         versions of the packages run all trials again.
@@ -112,7 +112,8 @@ class SweepRecord:
         except (Unreadable, OSError):
             return None
         os.environ[COMMAND] = token
-        return time.strftime("%Y-%m-%d %H:%M", since)
+        date = time.strftime("%Y-%m-%d %H:%M", since)
+        return f"goes on with the same command of {date}: trials that it has forced are not run once more"
 
     def begin_forced(self) -> None:
         """Write the token for ``resume_forced``, before the first trial runs."""

@@ -163,6 +163,7 @@ class _Slot:
         except study_claims.Claimed:  # it is another process's now
             raise
         except Exception as error:
+            store.raise_unwritable(error)
             self.fail(error, self.meter.current)
 
     def fail(self, error: BaseException, stage: str | None) -> None:
@@ -254,6 +255,7 @@ class _Pack:
                 slot.session.info["coverage"] = build.coverage_of(lead.adapted, slot.name)
             ended = self._trained(lead, slots)
         except Exception as error:
+            store.raise_unwritable(error)
             raise _SharedFailure(error) from error
         for slot in slots:
             self._note(slot, slots, ended[slot.name])

@@ -30,6 +30,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from itertools import chain
 from multiprocessing import connection, util
 from multiprocessing.process import BaseProcess
 from pathlib import Path
@@ -46,6 +47,8 @@ CPU = ""  # the place of a worker that sees no GPU
 Place = str | None  # a worker's CUDA_VISIBLE_DEVICES; None: as in this process
 POLL_SECONDS: float | None = 0.2  # seconds between two checks of a worker, where the system does not report its end
 SOCKETS, LOG = "pymp-", "peftsweep-worker-"  # prefixes of temporary files, followed by the tag of their process
+# The path of a socket may have 103 bytes on macOS and 107 on Linux, which those of jobs' own TMPDIR can exceed.
+SHORT, A_SOCKET, MAX_SOCKET_PATH = "/tmp", "12345678/listener-12345678", 103
 REFUSED = (errno.EAGAIN, errno.ENOMEM, errno.EMFILE, errno.ENFILE)  # too many processes, or open files
 READY, CUDA_LOST = "ready", "forked from a process that has initialised CUDA"
 EXIT_SECONDS = 5.0  # seconds until a worker that should end is killed, and that its guard has to kill its children
@@ -165,6 +168,7 @@ def begin_to_import() -> None:
     """Start the process that workers are forked from; it imports what this process imports at the same time."""
     from multiprocessing import forkserver, resource_tracker
 
+    global _method
     _have_temporary_folder()
     multiprocessing.get_context("forkserver").set_forkserver_preload([PRELOAD])
     in_main = threading.current_thread() is threading.main_thread()
@@ -177,6 +181,8 @@ def begin_to_import() -> None:
     try:
         with _refusals_in_one_line():
             forkserver.ensure_running()
+    except OSError:  # there is no folder for its socket
+        _method = "spawn"
     finally:
         signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
         for number, handler in before.items():
@@ -188,13 +194,16 @@ def _have_temporary_folder() -> None:
 
     By the tag a later command sees that this one was killed. Folders and logs of killed commands are deleted here.
     """
+    usual, name = tempfile.gettempdir(), f"{SOCKETS}{owner.tag()}-"
     for kind in (SOCKETS, LOG):
-        for path in Path(tempfile.gettempdir()).glob(f"{kind}*-*-*-*"):
+        for path in chain.from_iterable(Path(root).glob(f"{kind}*-*-*-*") for root in {usual, SHORT}):
             if owner.gone(path.name.removeprefix(kind).rpartition("-")[0]):
                 shutil.rmtree(path, ignore_errors=True) if path.is_dir() else path.unlink(missing_ok=True)
     own: dict[str, Any] = getattr(multiprocessing.current_process(), "_config")  # noqa: B009  no public name of it
     if own.get("tempdir") is None:
-        own["tempdir"] = folder = tempfile.mkdtemp(prefix=f"{SOCKETS}{owner.tag()}-")
+        fits = len(os.fsencode(f"{usual}/{name}{A_SOCKET}")) <= MAX_SOCKET_PATH
+        place = usual if fits or not os.access(SHORT, os.W_OK) else SHORT
+        own["tempdir"] = folder = tempfile.mkdtemp(prefix=name, dir=place)
         util.Finalize(None, shutil.rmtree, (folder, True), exitpriority=-100)
 
 

@@ -15,7 +15,7 @@ from typing import Any
 from peftsweep.analysis.table import naming
 from peftsweep.config import build, evaluations, experiment, repeat
 from peftsweep.config.compose import Trial
-from peftsweep.errors import InputError, NotRun, SweepFailed, printable, suggest
+from peftsweep.errors import InputError, NotRun, SweepFailed, printable, say_once, suggest
 from peftsweep.forecast import forecast, timing, work
 from peftsweep.forecast.duration import Span
 from peftsweep.forecast.forecast import Forecast
@@ -26,12 +26,12 @@ from peftsweep.schema import Dtype
 from peftsweep.study import record, store
 from peftsweep.study.atomic import remove_partials
 from peftsweep.study.record import Result, Status, counted, trials_in_words
-from peftsweep.study.sweep_record import SweepRecord, plans
+from peftsweep.study.sweep_record import SweepRecord, command_ends, plans
 from peftsweep.sweep import engine, packing, processes, workers
 from peftsweep.sweep.engine import Launch
 from peftsweep.sweep.workers import Budget, Options
 from peftsweep.trial import done as trial_done
-from peftsweep.trial import outcome
+from peftsweep.trial import outcome, task
 
 SIZES_MESSAGE = "sizes are known of {} trials"
 MIN_PROBED_DEADLINE_SECONDS = 600.0  # for a shorter deadline the device's speed is not measured, only read
@@ -62,7 +62,7 @@ def run(
     options = options or Options(workers=0)
     config, trials = trials[0].config, _named(trials)
     sweep_record = sweep_record or SweepRecord(store.folder(config.study), [], options.workers)
-    since = sweep_record.resume_forced() if any(one.config.force for one in trials) else None
+    goes_on = sweep_record.resume_forced() if any(one.config.force for one in trials) else None
     if config.dry_run:
         _dry_run(trials, options, launch)
         return [None] * len(trials)
@@ -80,8 +80,8 @@ def run(
             remove_partials(store.folder(config.study))
             sweep_record.begin_forced()
     with Display(len(missing), quiet=config.quiet) as display, terminable():
-        if since:
-            display.say(f"goes on with the same command of {since}: trials that it has forced are not run once more")
+        if goes_on:
+            display.say(goes_on)
         _say_what_runs(display, results, list(missing.values()))
         todo, budget = list(missing.values()), budget or Budget(options)
         budget.expected |= {} if launch else _expected(todo, options)
@@ -369,6 +369,28 @@ def _time_cell(row: dict[str, Any]) -> str:
         return f"  time ? ({row['no_time_because']})"
     cost = "" if row["predicted_cost"] is None else f"  cost {money(row['predicted_cost'])}"
     return f"  time {in_words(Span(*(row[f'predicted_seconds{end}'] for end in ('', '_low', '_high'))))}{cost}"
+
+
+def run_alone(one: Trial, words: Sequence[str]) -> Result:
+    """Run one trial in this process, without output, and return its record; ``words`` are those of ``peftsweep.run``.
+
+    With ``force=true`` it goes on where the same words were cut off, as a command does.
+    """
+    command = SweepRecord(store.folder(one.config.study), words, None)
+    goes_on = command.resume_forced() if one.config.force else None
+    if one.config.dry_run:
+        return planned(one)
+    forecast.check(one)
+    if trial_done.finished(one) is None:
+        build.check_available(one)
+    if goes_on:
+        say_once(goes_on)
+    with terminable():
+        with suppress(OSError):  # the trial will report the error
+            command.begin_forced()
+        result = task.run(one)
+    command_ends()
+    return result
 
 
 def planned(one: Trial) -> Result:

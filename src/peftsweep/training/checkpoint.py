@@ -16,6 +16,7 @@ import signal
 import threading
 import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from itertools import chain
 from pathlib import Path
 from types import FrameType, TracebackType
@@ -221,7 +222,7 @@ class Checkpoints:
         } | ({} if trained is None else {"trained": trained})
 
         def write() -> None:
-            with replacing(file) as temporary, temporary.open("wb") as stream:
+            with replacing(file) as temporary, temporary.open("wb") as stream, _errors_of_the_disk():
                 torch.save(content, stream)
 
         persistently(write)
@@ -235,6 +236,20 @@ class Checkpoints:
     def clear(self) -> None:
         """Delete all checkpoints."""
         shutil.rmtree(self._folder, ignore_errors=True)
+
+
+@contextmanager
+def _errors_of_the_disk() -> Iterator[None]:
+    """Raise the error of the disk that ended ``torch.save`` in the block.
+
+    torch then fails to end the file that it has begun, and raises a RuntimeError about that instead.
+    """
+    try:
+        yield
+    except RuntimeError as error:
+        if isinstance(error.__context__, OSError):
+            raise error.__context__ from None
+        raise
 
 
 # ---- the parts -------------------------------------------------------------------------------------

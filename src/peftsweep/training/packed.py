@@ -23,7 +23,7 @@ from peftsweep.data.tokens import Tokens
 from peftsweep.models.losses import answer_losses
 from peftsweep.observe.measure import Laps, Meter, out_of_memory
 from peftsweep.schema import TrainConfig
-from peftsweep.study.claims import Claimed
+from peftsweep.study import claims, store
 from peftsweep.training.capture import MIN_BATCHES_TO_CAPTURE, Size, StaticSteps, captures, sizes_of_run
 from peftsweep.training.checkpoint import Checkpoints, Interruption, OptimizerState
 from peftsweep.training.fused import as_trained
@@ -306,11 +306,11 @@ class _SlotRun(Run):
 
     @contextmanager
     def isolated(self) -> Iterator[None]:
-        """In the block an error ends this slot alone, unless memory ran out or another command took the trial."""
+        """In the block an error ends this slot alone, but for lack of memory or disk, or a trial that others took."""
         try:
             yield
         except Exception as error:
-            if out_of_memory(error) or isinstance(error, Claimed):
+            if out_of_memory(error) or isinstance(error, claims.Claimed) or store.unwritable(error):
                 raise
             self.error = error
 

@@ -267,6 +267,13 @@ def _without_histograms(facts: dict[str, Any]) -> dict[str, Any]:
     return {name: fact for name, fact in facts.items() if not name.endswith("histogram")}
 
 
+class _TrialLog(logging.FileHandler):
+    """A log from which a line is left out that the disk does not take; the next file of the trial says why."""
+
+    def handleError(self, record: logging.LogRecord) -> None:  # noqa: N802  logging's name of it
+        """Print nothing: Python's own handler prints a stack of each such line to the terminal."""
+
+
 @contextmanager
 def logged(*files: Path) -> Iterator[None]:
     """Send all logging and warnings of the block to ``files``, and only there."""
@@ -275,7 +282,7 @@ def logged(*files: Path) -> Iterator[None]:
         logging.getLogger(name).propagate = True
     transformers.utils.logging.disable_progress_bar()
     logging.captureWarnings(True)
-    own: list[logging.Handler] = [logging.FileHandler(file, mode="w", encoding="utf-8") for file in files]
+    own: list[logging.Handler] = [_TrialLog(file, mode="w", encoding="utf-8") for file in files]
     for handler in own:
         handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
     root = logging.getLogger()

@@ -351,10 +351,9 @@ class Session:
 
     def save(self) -> None:
         """Save the trained weights, if the configuration says so."""
-        if not self.config.adapter.save:
-            return
-        with self.stage("save"):
-            self.info["adapter_bytes"] = models_saved.save(self.adapted, self.place / store.ADAPTER)
+        if self.config.adapter.save:
+            with self.stage("save"):
+                self.info["adapter_bytes"] = models_saved.save(self.adapted, self.place / store.ADAPTER)
 
     def time_inference(self) -> None:
         saved = self.place / store.ADAPTER if self.config.adapter.save else self.config.adapter.path
@@ -384,6 +383,7 @@ class Session:
                     found = build.profiler(self.trial)(self._further_steps, self.place / "profile", self.meter.device)
                 found |= self._sizes(self.profiled_steps) if self.profiled_steps else {}
             except Exception as error:
+                store.raise_unwritable(error)
                 log.exception("the trial cannot be profiled")
                 found = {"error": record.one_line(error)}
         self.info.setdefault("profile", {})[self.trial.choices["profiler"]] = found

@@ -17,7 +17,7 @@ from peftsweep.config.identity import model_identity
 from peftsweep.data import batches, fingerprint
 from peftsweep.data import rows as data_rows
 from peftsweep.models import losses as models_losses
-from peftsweep.models import model, parts, saved
+from peftsweep.models import model, saved
 from peftsweep.schema import Dtype
 from peftsweep.study import record, store
 
@@ -68,6 +68,7 @@ def reload_adapter(
         with torch.no_grad():
             answered = models_losses.answer_losses(again, probe)
     except Exception as error:  # PEFT may raise any error; the trial itself has succeeded
+        store.raise_unwritable(error)
         log.exception("the saved adapter cannot be loaded")
         return {"reloads": False, "reload_error": record.one_line(error)}
     same = _same(trial, answered, losses)
@@ -91,8 +92,7 @@ def merge_adapter(
         with torch.no_grad():
             expected = models_losses.answer_losses(adapted, probe) if _rounds(trial) else losses
         written = saved.merge(adapted)
-        with parts.as_configured(written):
-            written.save_pretrained(folder)
+        saved.save(written, folder)
         tokenizer.save_pretrained(folder)
         merged = saved.read(folder, written)
         with torch.no_grad():
@@ -101,8 +101,9 @@ def merge_adapter(
         log.warning("adapter.merge=true: %s", error)
         return {"merges": False, "merge_error": str(error)}
     except Exception as error:  # PEFT may raise any error; the trial itself has succeeded
-        log.exception("the adapter cannot be merged")
         shutil.rmtree(folder, ignore_errors=True)
+        store.raise_unwritable(error)
+        log.exception("the adapter cannot be merged")
         return {"merges": False, "merge_error": record.one_line(error)}
     merges = _same(trial, found, expected, MERGE_TOLERANCE)
     if not merges:

@@ -120,7 +120,8 @@ def _complete(trial: Trial, held: Result, session: Session, *, profile: bool) ->
             else:
                 session.score_base_again()
         except Exception as error:
-            if isinstance(error, claims.Claimed) or store.unwritable(error):
+            store.raise_unwritable(error)
+            if isinstance(error, claims.Claimed):
                 raise
             failure = failure_of(error, session.meter.current, trial.config)
             return unwritten(trial, status_of(error), failure, time.perf_counter() - start)
