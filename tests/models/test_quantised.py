@@ -15,6 +15,7 @@ from typing import Any
 import pytest
 import torch
 from benchmarks.memory_prediction import LLAMA, _storage_bytes, compare
+from bitsandbytes.nn.modules import Linear8bitLt
 from torch.testing._internal.two_tensor import TwoTensor
 from transformers import CONFIG_MAPPING
 
@@ -188,6 +189,20 @@ def test_what_fails_on_such_a_base_is_refused(method: dict[str, Any], kind: str,
 
 
 # ---- weights that are tensor subclasses ------------------------------------------------------------
+
+
+@pytest.mark.kernels
+def test_an_8bit_layer_is_evaluated_under_autocast_as_without() -> None:
+    """Sums of 127 * 127 * 64 are infinite in float16, in which a CPU without AVX-512 multiplied the integers."""
+    own = Linear8bitLt(64, 4, bias=False, has_fp16_weights=False, threshold=6.0)
+    own.load_state_dict({"weight": torch.ones(4, 64)})
+    layer = torch.nn.Sequential(own).to("cpu").eval()
+    layers.mend(layer)
+    for inputs in (torch.ones(2, 3, 64), torch.ones(2, 3, 5, 64)):
+        with torch.autocast("cpu", dtype=torch.float16):
+            found = layer(inputs)
+        assert torch.equal(found, layer(inputs))
+        assert found.mean().item() == pytest.approx(64, rel=0.01)
 
 
 def test_a_weight_is_counted_by_the_tensors_that_it_is_made_of() -> None:

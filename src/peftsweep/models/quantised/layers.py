@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterator
+from contextlib import nullcontext
 from typing import Any, cast
 from unittest.mock import patch
 
@@ -158,15 +159,19 @@ def _store(module: Any, plain: Any, stored: dict[Any, tuple[torch.Tensor, Any]])
 
 
 class _Linear8bit(Linear8bitLt):
-    """An 8-bit layer for inputs [..., features] of any number of dimensions.
+    """An 8-bit layer for inputs [..., features] of any number of dimensions, also under autocast on a CPU.
 
-    bitsandbytes takes one of four for rows of its third, and gives them scales of a wrong shape.
+    bitsandbytes takes one of four for rows of its third, and gives them scales of a wrong shape. On a CPU it may
+    multiply the integers of an evaluation as floats: autocast would round these to 8 or 11 bits, and products of
+    float16 overflow. Its training multiplies dequantised weights there, which autocast is for.
     """
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        if x.dim() <= 3:
-            return cast(torch.Tensor, super().forward(x))
-        return cast(torch.Tensor, super().forward(x.flatten(0, -2)).unflatten(0, x.shape[:-1]))
+        exact = x.device.type == "cpu" and not self.training
+        with torch.autocast("cpu", enabled=False) if exact else nullcontext():
+            if x.dim() <= 3:
+                return cast(torch.Tensor, super().forward(x))
+            return cast(torch.Tensor, super().forward(x.flatten(0, -2)).unflatten(0, x.shape[:-1]))
 
 
 def patch_layers(base: nn.Module) -> None:
