@@ -250,10 +250,64 @@ def test_the_harness_says_how_many_rows_a_group_has_and_which_direction_is_bette
 def test_a_task_that_the_harness_lacks_is_named_before_anything_is_trained(
     compose: Compose, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(harness, "_manager", lambda tasks, path: SimpleNamespace(all_tasks=["piqa", "boolq"]))
+    known = {"piqa": SimpleNamespace(cfg={"task": "piqa"}, yaml_path=None)}
+    manager = SimpleNamespace(all_tasks=[*known, "boolq"], task_index=known)
+    monkeypatch.setattr(harness, "_manager", lambda tasks, path: manager)
     build.check_available(compose("eval=[lm_eval]", "eval.lm_eval.tasks=[piqa]"))
     with pytest.raises(InputError, match=r"eval.lm_eval.tasks: piqqa: the harness has no such task .*mean 'piqa'\?"):
         build.check_available(compose("eval=[lm_eval]", "eval.lm_eval.tasks=[piqqa]"))
+
+
+WRITES_CODE = "task: coder\ntag: odd\nunsafe_code: true\n"
+SHOWS_IMAGES = "task: seer\ntag: odd\ndoc_to_image: image\n"
+LACKS_CODE = "task: broken\nprocess_results: !function absent.judge\n"
+
+
+@pytest.mark.parametrize(
+    ("named", "problem"),
+    [
+        ("coder", r"coder: it runs the code that the model writes \(unsafe_code\)"),
+        ("seer", r"seer: its rows hold images or sound"),
+        ("broken", r"broken: the harness cannot load it: \w+: .*absent"),
+        ("odd", r"coder: it runs"),  # a tag
+        ("both", r"broken: the harness cannot load it"),  # a group
+        ("nested", r"seer: its rows"),  # a group that is defined in a group
+        ({"group": "mine", "task": ["own", {"task": "broken", "num_fewshot": 2}]}, r"broken: the harness cannot"),
+        ({"task": "mine", "unsafe_code": True}, r"mine: it runs the code"),
+    ],
+)
+def test_a_task_that_cannot_be_run_is_named_before_anything_is_trained(
+    named: Any, problem: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Such tasks, as coqa, minerva_math and humaneval, failed when the trial was trained."""
+    lm_eval_tasks = pytest.importorskip("lm_eval.tasks")
+    own = {"task": "own", "dataset_path": "json"}
+    files = {"own": yaml.safe_dump(own), "coder": WRITES_CODE, "seer": SHOWS_IMAGES, "broken": LACKS_CODE}
+    files["both"] = "group: both\ntask: [own, broken]\n"
+    files["nested"] = "group: nested\ntask: [{group: inner, task: [own, seer]}]\n"
+    for name, text in files.items():
+        Path(f"{name}.yaml").write_text(text)
+    manager = lm_eval_tasks.TaskManager(include_path=".", include_defaults=False)
+    monkeypatch.setattr(harness, "_manager", lambda tasks, path: manager)
+    harness.check_runnable(["own", own], str(Path.cwd()))
+    with pytest.raises(InputError, match=rf"^eval\.lm_eval\.tasks: {problem}"):
+        harness.check_runnable([named], str(Path.cwd()))
+
+
+@pytest.mark.slow  # it imports the whole harness
+def test_each_line_of_a_task_with_several_filters_names_its_filter(base: Any, tokenizer: Any) -> None:
+    pytest.importorskip("lm_eval")
+    first = {"function": "take_first"}
+    filters = [
+        {"name": name, "filter": [{"function": "regex", "regex_pattern": text}, first]}
+        for name, text in {"digits": r"(\d+)", "letters": "([a-z]+)"}.items()
+    ]
+    task = harness_task({"metric": "exact_match"}) | {"task": "written", "output_type": "generate_until"}
+    task |= {"filter_list": filters, "generation_kwargs": {"until": ["."], "max_gen_toks": 8}}
+    found = harness.lm_eval(base, tokenizer, [], tasks=[task])
+    rows = len(schemas.SCHEMAS["piqa"])
+    assert [line["filter"] for line in found.predictions] == ["digits"] * rows + ["letters"] * rows
+    assert set(found.scores) == {"written_exact_match_digits", "written_exact_match_letters"}
 
 
 def test_the_tasks_of_the_harness_are_indexed_only_where_a_task_names_them(monkeypatch: pytest.MonkeyPatch) -> None:

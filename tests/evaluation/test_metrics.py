@@ -76,6 +76,8 @@ ANSWERS = Path(__file__).with_name("written_answers.jsonl")
         ("The answer is: 3", "The answer is: x+1", False, "3"),
         ("no idea", "The answer is: x+1", False, None),
         (r"The answer is: \text{Friday}", "The answer is: Friday", True, "Friday"),
+        ("The answer is **Friday**.", "The answer is: Friday", True, "Friday"),
+        ("**The answer is: `x*y*z`**", "#### x*y*z", True, "x*y*z"),
         (r"\boxed{\dfrac{\sqrt{3}}{2}}", r"\boxed{\frac{\sqrt{3}}{2}}", True, r"\frac{\sqrt{3}}{2}"),
         ("The answer is: x+1", "#### 1", False, None),
     ],

@@ -434,8 +434,7 @@ def check_available(trial: Trial) -> None:
     models_saved.check_files(config.model)
     for node in config.eval.values():
         if node["_target_"] == HARNESS:
-            names = tuple(task for task in node["tasks"] if isinstance(task, str))
-            harness.check_known(names, node.get("include_path"))
+            harness.check_runnable(node["tasks"], node.get("include_path"))
     model.check_cached(config.model)
     sources: dict[str, DatasetConfig | ValidationConfig | RowsConfig] = {
         "dataset": config.dataset,

@@ -26,7 +26,7 @@ from peftsweep.models.parts import classifies
 
 log = logging.getLogger(__name__)
 
-JUDGING_VERSION = 3  # the version of how answers are read and judged, under which scores of a base are kept
+JUDGING_VERSION = 4  # the version of how answers are read and judged, under which scores of a base are kept
 
 
 @dataclass(frozen=True)

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Mapping, Sequence
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from torch import nn
@@ -11,7 +13,7 @@ from transformers import PreTrainedTokenizerBase
 
 from peftsweep.data import hub
 from peftsweep.data.templates import Example
-from peftsweep.errors import InputError, suggest
+from peftsweep.errors import InputError, first_line, suggest
 from peftsweep.evaluation.decoding import reads_padding
 from peftsweep.evaluation.evaluate import Evaluation
 from peftsweep.evaluation.metrics import Score
@@ -110,14 +112,50 @@ def check_tasks(tasks: Sequence[str | dict[str, Any]], include_path: str | None 
     return manager
 
 
-@functools.cache
-def check_known(names: tuple[str, ...], include_path: str | None) -> None:
-    """Check, once for all trials of a command, that the harness or the folder has tasks of these names.
+def check_runnable(tasks: Sequence[str | dict[str, Any]], include_path: str | None) -> None:
+    """Check, once for all trials of a command, that the harness knows and loads ``tasks``, and that they can be run.
 
     Raises:
-        InputError: one is unknown.
+        InputError: one is unknown, cannot be loaded, or does what peftsweep cannot run.
     """
-    check_tasks(names, include_path)
+    _check_runnable(json.dumps(tasks), include_path)
+
+
+@functools.cache
+def _check_runnable(tasks: str, include_path: str | None) -> None:
+    named: list[str | dict[str, Any]] = json.loads(tasks)
+    index = check_tasks(named, include_path).task_index
+    for name, (task, file) in {key: value for one in named for key, value in _single_tasks(index, one)}.items():
+        _check_task(f"eval.lm_eval.tasks: {name}", task, file)
+
+
+def _single_tasks(index: Mapping[str, Any], named: Any) -> Iterator[tuple[str, tuple[Mapping[str, Any], Path | None]]]:
+    """The name of each task of a task, group or tag, with its configuration and its yaml."""
+    place = named if isinstance(named, Mapping) else {}
+    name = str(place.get("group", place.get("task")) if place else named)
+    entry = index.get(name)
+    found = place if entry is None else entry.cfg or {}
+    group = found.get("task") if "group" in found else None
+    members = group if isinstance(group, list) else sorted(entry.tags) if entry and not found else None
+    if members is None:
+        yield name, (found, entry.yaml_path if entry else None)
+    for member in members or ():
+        yield from _single_tasks(index, member)
+
+
+def _check_task(key: str, task: Mapping[str, Any], file: Path | None) -> None:
+    if task.get("unsafe_code"):
+        raise InputError(f"{key}: it runs the code that the model writes (unsafe_code), which peftsweep does not do")
+    if task.get("doc_to_image") or task.get("doc_to_audio"):
+        raise InputError(f"{key}: its rows hold images or sound (doc_to_image, doc_to_audio); must be a task of texts")
+    if file is None:
+        return
+    from lm_eval.tasks._yaml_loader import load_yaml
+
+    try:
+        load_yaml(file, resolve_func=True)  # imports the functions that it names
+    except Exception as error:  # whatever the task's own code raises
+        raise InputError(f"{key}: the harness cannot load it: {type(error).__name__}: {first_line(error)}") from error
 
 
 def _manager(tasks: Sequence[str | dict[str, Any]], include_path: str | None) -> TaskManager:
@@ -139,5 +177,6 @@ def _own_tasks() -> TaskManager:
 
 
 def _line(task: str, sample: dict[str, Any]) -> dict[str, Any]:
-    judged = {name: sample[name] for name in ("acc", "acc_norm", "exact_match") if name in sample}
+    known = ("acc", "acc_norm", "exact_match", *(("filter",) if sample["filter"] != "none" else ()))
+    judged = {name: sample[name] for name in known if name in sample}
     return {"task": task, "answer": str(sample.get("target")), "prediction": sample.get("filtered_resps")} | judged

@@ -17,7 +17,7 @@ import numpy as np
 
 from peftsweep.errors import InputError
 from peftsweep.evaluation.text.numerals import as_number as as_number
-from peftsweep.evaluation.text.numerals import in_digits, same_number, without_latex
+from peftsweep.evaluation.text.numerals import in_digits, same_number, without_markup
 
 # What an answer stands behind, in the order in which PEFT's rule looks for them; the blanks at the end belong to that
 # rule, in which a text cut off at a new "####" keeps the answer before it.
@@ -144,12 +144,12 @@ def _boxed(text: str) -> str | None:
 
 
 def _plain(text: str) -> str:
-    """``text`` without the LaTeX that does not change an answer, nor marks of punctuation at its ends."""
-    return _trimmed(without_latex(text))
+    """``text`` without the LaTeX and markdown that do not change an answer, nor marks of punctuation at its ends."""
+    return _trimmed(without_markup(text), "*_")  # of emphasis that begins before the marker, one half is left
 
 
-def _trimmed(text: str) -> str:
-    return text.rstrip(" .!?$%").lstrip(" !?$%")
+def _trimmed(text: str, further: str = "") -> str:
+    return text.rstrip(f" .!?$%{further}").lstrip(f" !?$%{further}")
 
 
 def peft_match(prediction: str, answer: str) -> Judgement:

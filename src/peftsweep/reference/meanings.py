@@ -258,6 +258,8 @@ PREDICTIONS = {
     "label": "the right label",
     "label_prediction": "the most likely label",
     "choices": "the choices' texts",
+    "task": "the task of lm-evaluation-harness",
+    "filter": "the task's filter that read the answer, a line for each",
 }
 
 

@@ -15,8 +15,8 @@ from fractions import Fraction
 LONGEST = 1000  # characters that are read of a text
 MAX_DIGITS = 300  # of a number, and its largest power of ten: what is longer is no answer, and would take long
 
-# LaTeX around an answer that does not change it.
-LATEX = (
+# LaTeX and markdown around an answer that do not change it.
+MARKUP = (
     (r"\\([$%])", r"\1"),
     (r"\b[A-Z]{1,2}\$|\$", ""),
     (r"\\(?:text|textbf|textit|emph|underline|mathrm|mathbf|mbox)\s*\{([^{}]*)\}", r" \1 "),
@@ -26,6 +26,8 @@ LATEX = (
     (r"\\[,;: ]|\\q?quad(?![A-Za-z])|~", " "),
     ("[\N{MINUS SIGN}\N{HYPHEN}\N{NON-BREAKING HYPHEN}\N{SMALL HYPHEN-MINUS}\N{FULLWIDTH HYPHEN-MINUS}]", "-"),
     ("[\u200b-\u200d\u2060\ufeff]", ""),  # of no width
+    (r"(?<![\w*])(\*{1,3})(?=\S)([^*]+)(?<=\S)\1(?![\w*])", r"\2"),  # markdown's emphasis
+    (r"__|`", ""),
 )
 # What else is written in several ways; only numbers are read of the result.
 PLAINER = (
@@ -38,8 +40,6 @@ PLAINER = (
     (r"\\(?:times|cdot)(?![A-Za-z])|[×·∙⋅]", "*"),
     (r"\\approx(?![A-Za-z])|[≈≃≅]", "="),
     (r"<<[^<>]*>>", ""),  # GSM8K's marks for a calculator
-    (r"(?<![\w*])(\*{1,3})(?=\S)([^*]+)(?<=\S)\1(?![\w*])", r"\2"),  # markdown's emphasis
-    (r"__|`", ""),
 )
 SUPERSCRIPTS = str.maketrans("⁰¹²³⁴⁵⁶⁷⁸⁹⁻", "0123456789-")
 BRACKETS = {"(": ")", "[": "]", "{": "}", '"': '"', "'": "'", "“": "”", "‘": "’", "«": "»"}
@@ -134,9 +134,9 @@ def in_digits(number: float) -> str:
     return str(number) if isinstance(number, int) else f"{number:.15g}"
 
 
-def without_latex(text: str) -> str:
-    """``text`` without the LaTeX that does not change an answer, in single blanks."""
-    for pattern, replacement in LATEX:
+def without_markup(text: str) -> str:
+    """``text`` without the LaTeX and markdown that do not change an answer, in single blanks."""
+    for pattern, replacement in MARKUP:
         text = re.sub(pattern, replacement, text)
     return " ".join(text.split())
 
@@ -144,7 +144,7 @@ def without_latex(text: str) -> str:
 def _plainer(text: str) -> str:
     text = re.sub("[⁰¹²³⁴-⁹⁻]+", lambda found: f"^{found[0].translate(SUPERSCRIPTS)}", text)
     text = re.sub("[\u00bc-\u00be\u2150-\u215e]", _vulgar_fraction, text)
-    text = without_latex(text)
+    text = without_markup(text)
     for pattern, replacement in PLAINER:
         text = re.sub(pattern, replacement, text)
     before = ""
