@@ -197,7 +197,7 @@ def test_an_8bit_layer_is_evaluated_under_autocast_as_without() -> None:
     own = Linear8bitLt(64, 4, bias=False, has_fp16_weights=False, threshold=6.0)
     own.load_state_dict({"weight": torch.ones(4, 64)})
     layer = torch.nn.Sequential(own).to("cpu").eval()
-    layers.mend(layer)
+    layers.patch_layers(layer)
     for inputs in (torch.ones(2, 3, 64), torch.ones(2, 3, 5, 64)):
         with torch.autocast("cpu", dtype=torch.float16):
             found = layer(inputs)

@@ -576,9 +576,9 @@ def test_rows_are_tokenised_once_for_all_trials_that_share_them(
 ) -> None:
     calls, tokenize = [], tokens.tokenize
 
-    def counted(*given: Any) -> list[tokens.Tokens]:
+    def counted(*given: Any, **named: Any) -> list[tokens.Tokens]:
         calls.append(given)
-        return tokenize(*given)
+        return tokenize(*given, **named)
 
     monkeypatch.setattr(build, "_TOKENS", {})
     monkeypatch.setattr(tokens, "tokenize", counted)
