@@ -213,7 +213,7 @@ def _damage(trial: Path, versions: tuple[tuple[str, int, int], ...]) -> str | No
     except Unreadable as error:
         return str(error)
     for folder in (trial / ADAPTER, trial / MERGED):
-        if not all(os.access(file, os.R_OK) for file in folder.glob("*")):
+        if any(file.is_file() and not os.access(file, os.R_OK) for file in folder.glob("*")):
             continue  # another user's, who may read them
         if wrong := damage_of_weights(folder):
             return wrong
